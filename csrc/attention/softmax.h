@@ -25,8 +25,10 @@ struct OnlineSoftmaxRow {
     sum *= factor;
     return factor;
   }
+  /// While every score was -inf (or NaN, which no maximum sees) the maximum stands for 0, so that
+  /// -inf weighs 0 and NaN stays NaN.
   FLASH_HOST_DEVICE Real weight(Real s) const {
-    return max == -INFINITY ? Real(0) : std::exp(s - max);
+    return std::exp(s - (max == -INFINITY ? Real(0) : max));
   }
   /// A sink is a key with logit `sink` and no value: it joins the denominator only.
   FLASH_HOST_DEVICE void add_sink(Real sink) {
@@ -50,7 +52,7 @@ FLASH_HOST_DEVICE MergeWeights<Real> merge_weights(Real lse_a, Real lse_b) {
   const bool a_is_larger = lse_a >= lse_b;
   const Real large = a_is_larger ? lse_a : lse_b;
   const Real small = a_is_larger ? lse_b : lse_a;
-  if (large == -INFINITY) return {Real(0), Real(0), Real(-INFINITY)};
+  if (large == -INFINITY && small == -INFINITY) return {Real(0), Real(0), Real(-INFINITY)};
   const Real ratio = std::exp(small - large);
   const Real weight_large = Real(1) / (Real(1) + ratio);
   const Real weight_small = ratio / (Real(1) + ratio);
