@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Which tile a CTA does next, and which blocks of keys a tile visits.
+#pragma once
+
+#include "cuda/sm90/traits.cuh"
+
+namespace flash::cuda::sm90 {
+
+/// Tiles are numbered in the order in which they should start.
+///   heavy first (causal): within a section of heads whose K and V share L2, late rows first: they
+///     see the most keys. Against the plain order +31 % at 512 tokens, +21 % at 1k, +44 % at 16k.
+///   else: all tiles of a head together.
+struct ForwardSchedule {
+  int num_m_blocks, num_tiles;
+  int section_heads;    ///< query heads of a section
+  bool heavy_first;
+  unsigned* next_tile;  ///< 0 before and after a launch; null: tile = blockIdx.x + n gridDim.x
+
+  FLASH_DEVICE TileId tile(int index, int num_heads) const {
+    int head, m_block;
+    if (heavy_first) {
+      const int heads = num_tiles / num_m_blocks;  // of all batches
+      const int section = index / (section_heads * num_m_blocks);
+      const int within = index - section * section_heads * num_m_blocks;
+      const int width = min(section_heads, heads - section * section_heads);
+      m_block = num_m_blocks - 1 - within / width;
+      head = section * section_heads + within % width;
+    } else {
+      m_block = index % num_m_blocks;
+      head = index / num_m_blocks;
+    }
+    return {m_block, head % num_heads, head / num_heads, index};
+  }
+  /// The tile after `index` of this CTA. Every CTA draws once too often, so the counter wraps to 0.
+  FLASH_DEVICE int after(int index) const {
+    return next_tile ? gridDim.x + atomicInc(next_tile, num_tiles - 1) : index + gridDim.x;
+  }
+};
+
+/// Blocks of keys of the rows [row, row + rows), at least one: an empty row still gets out = 0.
+///   visit  all blocks, walked from the last to the first
+///   full   those that need no mask and in which no row meets its last key: every row has a maximum
+///          before the first of them
+template <int kBlockN>
+FLASH_DEVICE BlockRanges key_blocks(const IntervalMask& mask, int row, int rows) {
+  const Range any = mask.any_keys(row, row + rows), all = mask.all_keys(row, row + rows);
+  if (any.begin >= any.end) return {{0, 1}, {0, 0}};
+  const Range visit{any.begin / kBlockN, (any.end + kBlockN - 1) / kBlockN};
+  const int full_begin = max(visit.begin, (all.begin + kBlockN - 1) / kBlockN);
+  const int full_end = min(visit.end, (max(all.end, 1) - 1) / kBlockN);
+  return {visit, {full_begin, max(full_begin, full_end)}};
+}
+
+/// The rows of one warpgroup within the tile of the CTA. It skips the blocks above its own last one;
+/// below its own first one everything is masked.
+template <int kBlockN>
+FLASH_DEVICE BlockRanges key_blocks_within(const IntervalMask& mask, int row, Range tile) {
+  BlockRanges own = key_blocks<kBlockN>(mask, row, 64);
+  own.visit.end = max(tile.begin + 1, min(own.visit.end, tile.end));
+  own.visit.begin = tile.begin;
+  return own;
+}
+
+}  // namespace flash::cuda::sm90

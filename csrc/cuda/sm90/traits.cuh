@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+
+#include <cuda.h>
+
+#include "attention/params.h"
+#include "primitives/ptx/mbarrier.cuh"
+#include "primitives/ptx/named_barrier.cuh"
+#include "primitives/ptx/tma.cuh"
+#include "primitives/ptx/wgmma.cuh"
+
+namespace flash::cuda::sm90 {
+
+// Rows of the tile table. A row is a type because nvcc writes no host stub for a kernel template
+// with a struct value as its argument.
+//   kMmaWarpgroups   each owns 64 query rows: kBlockM = 64 kMmaWarpgroups
+//   kBlockN          keys of a block
+//   kStages          of K and of V
+//   kQueryStages     2 or more: a tile begins under the last product of the tile before it
+//   kTakeTurns       order the products of the warpgroups
+// bf16, 16k tokens, hidden 2048, one H100; hopper.md 3.5 and 3.6 have what lost.
+struct TileD64Short {  // 256x64 against 192x128: +10 % up to 1k, equal to 4k, -5 % from 8k
+  static constexpr int kMmaWarpgroups = 4, kBlockN = 64, kStages = 4, kQueryStages = 3;
+  static constexpr bool kTakeTurns = true;
+};
+struct TileD64ShortCausal : TileD64Short {  // turns cost causal 4 % up to 1k
+  static constexpr bool kTakeTurns = false;
+};
+struct TileD64Long {
+  static constexpr int kMmaWarpgroups = 3, kBlockN = 128, kStages = 3, kQueryStages = 3;
+  static constexpr bool kTakeTurns = true;
+};
+struct TileD96 {
+  static constexpr int kMmaWarpgroups = 2, kBlockN = 128, kStages = 2, kQueryStages = 2;
+  static constexpr bool kTakeTurns = true;
+};
+struct TileD128 {  // 192x80 -6 %, 128x144 -5 %, 128x176 -7 % at 8k
+  static constexpr int kMmaWarpgroups = 2, kBlockN = 128, kStages = 2, kQueryStages = 3;
+  static constexpr bool kTakeTurns = true;
+};
+struct TileD192 {
+  static constexpr int kMmaWarpgroups = 2, kBlockN = 96, kStages = 2, kQueryStages = 1;
+  static constexpr bool kTakeTurns = true;
+};
+struct TileD256 {  // 128x80 loses up to 4 %
+  static constexpr int kMmaWarpgroups = 2, kBlockN = 64, kStages = 2, kQueryStages = 1;
+  static constexpr bool kTakeTurns = true;
+};
+
+/// What the load thread leaves beside a stage of Q for everyone else.
+struct TileId {
+  static constexpr int kStop = -1;    ///< in place of m_block: no more tiles
+  static constexpr int kFinish = -2;  ///< finish the tile in hand, then ask again
+
+  int m_block, head, batch;
+  int index;  ///< of the schedule; its complement when the tile is done again
+
+  FLASH_DEVICE bool is_redo() const { return index < 0; }
+};
+
+template <class Element_, int kHeadDim_, class Tile>
+struct ForwardTraits : Tile {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;  // bucket: TMA fills columns beyond head_dim with 0
+  static constexpr int kBlockM = 64 * Tile::kMmaWarpgroups;
+  static constexpr int kChunks = (kHeadDim + 63) / 64;  // of 64 columns = the swizzle's 128 bytes
+  static constexpr int kThreads = 128 * (1 + Tile::kMmaWarpgroups);
+  // With stages of Q to spare, O leaves through its own rows of Q and a tile whose cheap softmax was
+  // not safe can be done again. With one, O goes straight to global memory.
+  static constexpr bool kStoresThroughQ = Tile::kQueryStages > 1;
+  // bf16 weights have the exponents of fp32: they need not stay below 1 (see forward_softmax.cuh).
+  static constexpr bool kKeepsMaximum = kStoresThroughQ && std::is_same_v<Element, __nv_bfloat16>;
+  static constexpr int kLoadRegisters = Tile::kMmaWarpgroups == 2 ? 40 : 32;
+  static constexpr int kMmaRegisters =
+      Tile::kMmaWarpgroups == 2 ? 232 : Tile::kMmaWarpgroups == 3 ? 160 : 112;
+  static_assert(kHeadDim % 32 == 0 && kHeadDim <= 256, "wgmma and the swizzle need this");
+  static_assert(Tile::kMmaWarpgroups >= 2 && Tile::kMmaWarpgroups <= 4,
+                "register budgets are known for two to four warpgroups");
+
+  /// Every tile starts at a multiple of 1024 bytes, the repeat of the swizzle. A tile of R rows is
+  /// kChunks chunks of R rows of 128 bytes.
+  struct SharedStorage {
+    uint16_t q[Tile::kQueryStages][kBlockM * kChunks * 64];  // later O, each warpgroup its rows
+    uint16_t k[Tile::kStages][Tile::kBlockN * kChunks * 64];
+    uint16_t v[Tile::kStages][Tile::kBlockN * kChunks * 64];
+    TileId tile[Tile::kQueryStages];
+    int failed[Tile::kQueryStages];  // index of the tile to be done again, or -1
+    uint64_t q_full[Tile::kQueryStages], q_empty[Tile::kQueryStages];
+    uint64_t o_full[Tile::kQueryStages][Tile::kMmaWarpgroups];
+    uint64_t k_full[Tile::kStages], k_empty[Tile::kStages];
+    uint64_t v_full[Tile::kStages], v_empty[Tile::kStages];
+  };
+  static_assert(sizeof(SharedStorage) <= 232448, "exceeds the shared memory of one SM");
+};
+
+/// Position in a ring of stages; the parity flips at each wrap.
+template <int kStages>
+struct Ring {
+  int stage = 0, parity = 0;
+
+  FLASH_DEVICE void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+/// A value that steers a loop, told to ptxas to be equal in all lanes (REDUX writes a uniform
+/// register). Without it, ring positions and descriptors of the main loop leave the uniform
+/// registers: 44 R2UR a step, 6-11 % slower.
+FLASH_DEVICE int to_uniform(int value) {
+  return static_cast<int>(__reduce_or_sync(0xffffffffu, static_cast<unsigned>(value)));
+}
+
+}  // namespace flash::cuda::sm90
