@@ -44,8 +44,8 @@ FLASH_HOST_DEVICE ModifiedScore<Number> softcap_score(Number s, Real cap) {
   return {t * cap, Real(1) - t * t};
 }
 ///   s - slope |q + diagonal_offset - k|;   d/dslope = -|q + diagonal_offset - k|
-template <class Number, class Real>
-FLASH_HOST_DEVICE Number alibi_term(Real slope, Number distance) {
+template <class Number, class Slope>
+FLASH_HOST_DEVICE Number alibi_term(Slope slope, Number distance) {
   return distance * -slope;
 }
 
@@ -80,14 +80,14 @@ struct ScoreMod {
 
   /// s = softmax_scale q.k  ->  the score that enters the softmax. `at` answers for this place:
   ///   at.bias() -> Number,  at.distance() -> Number = |q + diagonal_offset - k|,
-  ///   at.slope() -> Real,   at.dropped(Number s) -> Number: -inf where the bool mask drops.
+  ///   at.slope() -> Real or Number,   at.dropped(Number s) -> Number: -inf where the bool mask
+  ///   drops.
   template <class Real, class Number, class Place>
   FLASH_HOST_DEVICE ModifiedScore<Number> forward(Number s, const Place& at) const {
     ModifiedScore<Number> result{s, Number{} + Real(1)};
     if (softcap > 0) result = softcap_score<Number, Real>(s, Real(softcap));
     if (bias.data) result.score = result.score + at.bias();
-    if (alibi_slopes)
-      result.score = result.score + alibi_term<Number, Real>(at.slope(), at.distance());
+    if (alibi_slopes) result.score = result.score + alibi_term<Number>(at.slope(), at.distance());
     if (mask.data) result.score = at.dropped(result.score);
     return result;
   }

@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// FlashAttention-2 forward with lanes = queries.
+//
+//   group   up to kGroupQueries query rows of one head, or of several heads of one kv head where
+//           they have few rows each (decode)
+//   unit    up to kUnitGroups groups of one kv head, heads before rows, that share each block of
+//           keys while it is in the caches: what a worker takes from the counter
+//   block   kBlockKeys keys, read where they lie; of 16-bit tensors, widened once per unit
+//
+// Every row is computed by one worker, over the same blocks, whoever it is and whatever rows go
+// with it: its bits depend on nothing else.
+#pragma once
+
+#include "cpu/forward_block.h"
+#include "cpu/kernels.h"
+
+namespace flash::cpu {
+namespace {
+
+constexpr int kUnitGroups = 4;
+/// Multiply-adds below which waking other threads costs more than it gains (about 50 us).
+constexpr double kWorthSharing = 2e6;
+
+/// How the rows of one kv head's query heads are cut into groups, for queries of one length.
+struct GroupCut {
+  int rows_per_group, heads_per_group, row_cuts, head_cuts;
+
+  static GroupCut of(const ForwardParams& p, int seqlen_q) {
+    const int ratio = p.gqa_ratio();
+    if (seqlen_q <= 0) return {1, 1, 0, 0};
+    int heads = smaller(larger(kGroupQueries / seqlen_q, 1), ratio);
+    if (p.features.dropout.enabled()) heads = 1;  // one stream per group
+    return {kGroupQueries, heads, (seqlen_q + kGroupQueries - 1) / kGroupQueries,
+            (ratio + heads - 1) / heads};
+  }
+  int groups() const { return row_cuts * head_cuts; }
+  /// Heads before rows: group g of a sequence and kv head.
+  GroupQueries group(const ForwardParams& p, int batch, int head_k, int seqlen_q, int g) const {
+    const int ratio = p.gqa_ratio(), head = g % head_cuts * heads_per_group;
+    const int row = g / head_cuts * rows_per_group;
+    return {batch, head_k * ratio + head, smaller(heads_per_group, ratio - head), row,
+            smaller(row + rows_per_group, seqlen_q)};
+  }
+};
+
+/// The units of a call. `unit` counts from the last rows to the first, heads and sequences fastest:
+/// under a causal mask that is the longest first.
+struct UnitGrid {
+  int groups_per_unit, units_per_head;  ///< for the longest sequence
+  int64_t units;
+
+  static UnitGrid of(const ForwardParams& p, int num_workers) {
+    const int groups = GroupCut::of(p, p.q_layout.max).groups();
+    const int64_t heads = int64_t(p.batch) * p.num_heads_k;
+    UnitGrid grid{kUnitGroups, 0, 0};
+    for (;; grid.groups_per_unit /= 2) {
+      grid.units_per_head = (groups + grid.groups_per_unit - 1) / grid.groups_per_unit;
+      grid.units = heads * grid.units_per_head;
+      if (num_workers == 1 || grid.groups_per_unit == 1 || grid.units >= 4 * num_workers) break;
+    }
+    return grid;
+  }
+};
+
+/// Where a worker's scratch lies, in Reals from its beginning.
+struct WorkspaceLayout {
+  int64_t next = 0;
+  int64_t s, new_max, alpha, bias = 0, kept = 0, dropout = 0, wide_k = 0, wide_v = 0;
+  int64_t groups, q_t, o_t, row_max, row_sum, group_size;  ///< those of a group from its beginning
+  int k_stride = 0, v_stride = 0;                          ///< of widened rows
+
+  int64_t take(int64_t reals) {
+    constexpr int64_t kLine = 64 / sizeof(Real);
+    const int64_t taken = next;
+    next += (reals + kLine - 1) / kLine * kLine;
+    return taken;
+  }
+  static WorkspaceLayout of(const ForwardParams& p) {
+    WorkspaceLayout w;
+    const ScoreMod& mod = p.features.score_mod;
+    constexpr int64_t kPairs = int64_t(kBlockKeys) * kGroupQueries;
+    w.s = w.take(kPairs);
+    w.new_max = w.take(kGroupQueries);
+    w.alpha = w.take(kGroupQueries);
+    if (mod.bias.data) w.bias = w.take(kPairs);
+    if (mod.mask.data) w.kept = w.take(kPairs);
+    if (p.features.dropout.enabled()) w.dropout = w.take(kPairs);
+    if (element_bytes(p.dtype) < int(sizeof(Real))) {
+      w.k_stride = widened_stride(p.head_dim);
+      w.v_stride = widened_stride(p.head_dim_v);
+      w.wide_k = w.take(int64_t(kBlockKeys) * w.k_stride);
+      w.wide_v = w.take(int64_t(kBlockKeys) * w.v_stride);
+    }
+    w.groups = w.next;
+    w.q_t = w.take(int64_t(p.head_dim) * kGroupQueries) - w.groups;
+    w.o_t = w.take(int64_t(p.head_dim_v) * kGroupQueries) - w.groups;
+    w.row_max = w.take(kGroupQueries) - w.groups;
+    w.row_sum = w.take(kGroupQueries) - w.groups;
+    w.group_size = w.next - w.groups;
+    w.next = w.groups + kUnitGroups * w.group_size;
+    return w;
+  }
+  int64_t bytes() const { return next * int64_t(sizeof(Real)); }
+
+ private:
+  /// An odd number of cache lines: the rows of a block start in different sets of the L1 cache.
+  static int widened_stride(int width) {
+    constexpr int kLine = 64 / sizeof(Real);
+    return ((width + kLine - 1) / kLine | 1) * kLine;
+  }
+};
+
+/// Q^T with `scale` folded in; O^T, m and l of a row that has seen no key.
+template <class Element>
+FLASH_NOINLINE void load_queries(const ForwardParams& p, const Sequence& sequence, Real scale,
+                                 const Group& group) {
+  const GroupQueries& queries = group.queries;
+  const int pitch = queries.vectors() * kLanes;
+  for (int i = 0; i < pitch; ++i) {
+    if (i >= queries.count()) {
+      for (int d = 0; d < p.head_dim; ++d) group.q_t[int64_t(d) * pitch + i] = 0;
+      continue;
+    }
+    const Element* row = static_cast<const Element*>(p.q.data) +
+                         p.q.offset(sequence, queries.head_begin + i / queries.rows()) +
+                         (queries.q_begin + i % queries.rows()) * p.q.row_stride;
+    for (int d = 0; d < p.head_dim; ++d) {
+      group.q_t[int64_t(d) * pitch + i] = widen(row[d]) * scale;
+    }
+  }
+  std::memset(group.o_t, 0, sizeof(Real) * pitch * p.head_dim_v);
+  for (int i = 0; i < pitch; ++i) {
+    group.row_max[i] = -kInfinity;
+    group.row_sum[i] = 0;
+  }
+}
+
+FLASH_INLINE Real log2_of(Real x) { return sizeof(Real) == 4 ? Real(log2f(x)) : Real(log2(x)); }
+FLASH_INLINE Real exp2_of(Real x) { return exp2_of(splat(x))[0]; }
+
+/// O = O^T / l and lse = (m + log2 l) ln 2; of an empty row, 0 and -inf. A sink is one more key
+/// with a logit and no value: l 2^m becomes l 2^m + 2^sink.
+struct RowResult {
+  Real factor, lse;
+
+  static FLASH_HOST_DEVICE RowResult of(Real max, Real sum) {
+    if (sum == 0) return {0, -kInfinity};
+    return {1 / sum, (max + log2_of(sum)) * kLn2};
+  }
+  static FLASH_HOST_DEVICE RowResult with_sink(Real max, Real sum, Real sink) {
+    if (sum == 0) return {0, sink};
+    const Real logit = sink * kLog2E, new_max = logit > max ? logit : max;
+    const Real base = new_max == -kInfinity ? 0 : new_max;
+    const Real shrink = exp2_of(max - base);
+    const Real total = sum * shrink + exp2_of(logit - base);
+    return {shrink / total, (base + log2_of(total)) * kLn2};
+  }
+};
+template <class Element>
+FLASH_NOINLINE void store_output(const ForwardParams& p, const Sequence& sequence,
+                                 const Group& group) {
+  const GroupQueries& queries = group.queries;
+  const Features& features = p.features;
+  const int pitch = queries.vectors() * kLanes;
+  for (int i = 0; i < queries.count(); ++i) {
+    const int head = queries.head_begin + i / queries.rows();
+    const int64_t q = queries.q_begin + i % queries.rows();
+    RowResult row =
+        features.sink.enabled()
+            ? RowResult::with_sink(group.row_max[i], group.row_sum[i], features.sink.of<Real>(head))
+            : RowResult::of(group.row_max[i], group.row_sum[i]);
+    static_cast<Real*>(p.lse.data)[p.lse.offset(sequence, head) + q] = row.lse;
+    if (features.dropout.enabled()) row.factor *= Real(features.dropout.scale);
+    Element* out =
+        static_cast<Element*>(p.out.data) + p.out.offset(sequence, head) + q * p.out.row_stride;
+    for (int c = 0; c < p.head_dim_v; ++c) {
+      out[c] = narrow<Element>(group.o_t[int64_t(c) * pitch + i] * row.factor);
+    }
+  }
+}
+
+/// The rows [begin, end) of K or V of one head: in place, or widened into `wide`.
+template <class Element>
+FLASH_INLINE Rows block_rows(const TensorView& tensor, int64_t head_offset, Range keys, int width,
+                             Real* wide, int wide_stride) {
+  const Element* data =
+      static_cast<const Element*>(tensor.data) + head_offset + keys.begin * tensor.row_stride;
+  const int count = keys.end - keys.begin;
+  if constexpr (sizeof(Element) == sizeof(Real)) {
+    return {data, tensor.row_stride, count, width};
+  } else {
+    for (int j = 0; j < count; ++j) {
+      widen_row(data + j * tensor.row_stride, width, wide + int64_t(j) * wide_stride);
+    }
+    return {wide, wide_stride, count, width};
+  }
+}
+FLASH_INLINE Rows part(const Rows& rows, int first, int count) {
+  return {rows.data + first * rows.stride, rows.stride, count, rows.width};
+}
+
+/// A call, as every worker sees it.
+struct ForwardCall {
+  const ForwardParams& p;
+  WorkspaceLayout layout;
+  UnitGrid grid;
+  Real scale, unit;  ///< folded into Q^T; then times unit: scores in units of log2
+  char* workspace;
+  int64_t next_unit;  ///< shared by the workers, atomic
+};
+
+template <Variant kVariant, class Element>
+FLASH_NOINLINE void run_unit(const ForwardCall& call, int64_t unit, Real* scratch) {
+  const ForwardParams& p = call.p;
+  const WorkspaceLayout& w = call.layout;
+  const int64_t heads = int64_t(p.batch) * p.num_heads_k;
+  const int batch = int(unit % heads / p.num_heads_k), head_k = int(unit % p.num_heads_k);
+  const int first_group =
+      int(call.grid.units_per_head - 1 - unit / heads) * call.grid.groups_per_unit;
+  const Sequence qs = Sequence::of(p.q_layout, batch), ks = Sequence::of(p.k_layout, batch);
+  const GroupCut cut = GroupCut::of(p, qs.length);
+  const int num_groups = smaller(call.grid.groups_per_unit, cut.groups() - first_group);
+  if (num_groups <= 0) return;
+
+  const IntervalMask mask = p.mask_of(qs, ks);
+  const BlockScratch block_scratch{scratch + w.s,
+                                   scratch + w.new_max,
+                                   scratch + w.alpha,
+                                   {scratch + w.bias, reinterpret_cast<Int*>(scratch + w.kept)},
+                                   scratch + w.dropout};
+  Group groups[kUnitGroups];
+  Range keys{ks.length, 0};  // of the unit
+  for (int g = 0; g < num_groups; ++g) {
+    Group& group = groups[g];
+    Real* at = scratch + w.groups + g * w.group_size;
+    group.queries = cut.group(p, batch, head_k, qs.length, first_group + g);
+    group.any_keys = mask.any_keys(group.queries.q_begin, group.queries.q_end);
+    group.all_keys = mask.all_keys(group.queries.q_begin, group.queries.q_end);
+    group.is_first = g == 0;
+    group.q_t = at + w.q_t;
+    group.o_t = at + w.o_t;
+    group.row_max = at + w.row_max;
+    group.row_sum = at + w.row_sum;
+    fill_lanes(p, mask, group.queries, group.lanes);
+    load_queries<Element>(p, qs, call.scale, group);
+    if (group.any_keys.begin < group.any_keys.end) {
+      keys = {smaller(keys.begin, group.any_keys.begin), larger(keys.end, group.any_keys.end)};
+    }
+  }
+  for (int begin = keys.begin / kBlockKeys * kBlockKeys; begin < keys.end; begin += kBlockKeys) {
+    const Range block{larger(begin, keys.begin), smaller(begin + kBlockKeys, keys.end)};
+    const Rows k = block_rows<Element>(p.k, p.k.offset(ks, head_k), block, p.head_dim,
+                                       scratch + w.wide_k, w.k_stride);
+    const Rows v = block_rows<Element>(p.v, p.v.offset(ks, head_k), block, p.head_dim_v,
+                                       scratch + w.wide_v, w.v_stride);
+    for (int g = 0; g < num_groups; ++g) {
+      const Group& group = groups[g];
+      const int k_begin = larger(block.begin, group.any_keys.begin);
+      const int count = smaller(block.end, group.any_keys.end) - k_begin;
+      if (count <= 0) continue;
+      const Rows k_part = part(k, k_begin - block.begin, count);
+      const Rows v_part = part(v, k_begin - block.begin, count);
+      switch (group.queries.vectors()) {
+        case 1:
+          forward_block<1, kVariant, Element>(group, p, call.unit, k_begin, k_part, v_part,
+                                              block_scratch);
+          break;
+        case 2:
+          forward_block<2, kVariant, Element>(group, p, call.unit, k_begin, k_part, v_part,
+                                              block_scratch);
+          break;
+        default:
+          forward_block<3, kVariant, Element>(group, p, call.unit, k_begin, k_part, v_part,
+                                              block_scratch);
+      }
+    }
+  }
+  for (int g = 0; g < num_groups; ++g) store_output<Element>(p, qs, groups[g]);
+}
+
+template <Variant kVariant, class Element>
+void work(void* context, int worker) {
+  ForwardCall& call = *static_cast<ForwardCall*>(context);
+  Real* scratch = reinterpret_cast<Real*>(call.workspace + worker * call.layout.bytes());
+  for (;;) {
+    const int64_t unit = __atomic_fetch_add(&call.next_unit, 1, __ATOMIC_RELAXED);
+    if (unit >= call.grid.units) return;
+    run_unit<kVariant, Element>(call, unit, scratch);
+  }
+}
+
+int64_t forward_workspace_bytes(const ForwardParams& p, int num_workers) {
+  return num_workers * WorkspaceLayout::of(p).bytes();
+}
+
+void forward(const ForwardParams& p, const Launch& launch) {
+  if (p.batch == 0 || p.num_heads == 0 || p.q_layout.max == 0) return;
+  const double products =
+      double(p.batch) * p.num_heads * p.q_layout.max * p.k_layout.max * (p.head_dim + p.head_dim_v);
+  const bool shared = launch.workers->count() > 1 && products >= kWorthSharing;
+  const ScoreMod& mod = p.features.score_mod;
+  // A bool mask alone leaves the scores as they are, so that a mask that keeps everything changes
+  // no bit.
+  const bool natural = mod.softcap > 0 || mod.bias.data || mod.alibi_slopes;
+  ForwardCall call{p,
+                   WorkspaceLayout::of(p),
+                   UnitGrid::of(p, shared ? launch.workers->count() : 1),
+                   Real(natural ? p.softmax_scale : p.softmax_scale * double(kLog2E)),
+                   natural ? kLog2E : Real(1),
+                   static_cast<char*>(launch.workspace),
+                   0};
+  with_element(p.dtype, [&]<class Element> {
+    void (*run)(void*, int) =
+        p.features.enabled() ? work<Variant::kGeneral, Element> : work<Variant::kPlain, Element>;
+    shared ? launch.workers->run(run, &call) : run(&call, 0);
+  });
+}
+
+}  // namespace
+}  // namespace flash::cpu

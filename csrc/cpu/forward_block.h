@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// One block of keys for one group of queries: the body of the inner loop of FlashAttention-2,
+// Algorithm 1, transposed (lanes = queries; tile.h):
+//     S^T = K Q^T          (keys, group)
+//     alpha = 2^(m_old - m_new)     P^T = 2^(S^T - m_new)     l = alpha l + sum_j P^T[j]
+//     O^T = alpha O^T + V^T P^T      (head_dim_v, group)
+// Row maxima, row sums and masks are vertical operations. Scores are in units of log2: the scale
+// times log2 e is folded into Q^T, so any scale works, even a negative one, and exp2's argument
+// reduction is exact.
+#pragma once
+
+#include "cpu/score.h"
+
+namespace flash::cpu {
+namespace {
+
+/// A group of queries on its way through the keys; views into the workspace.
+struct Group {
+  GroupQueries queries;
+  Range any_keys;  ///< keys that at least one row keeps
+  Range all_keys;  ///< keys that every row keeps
+  bool is_first;   ///< of its unit to touch a block of keys
+  Real *q_t, *o_t, *row_max, *row_sum;
+  Lanes lanes;
+};
+
+/// What a worker needs for the block in hand. Row `x` of an array is a group wide.
+struct BlockScratch {
+  Real *s, *new_max, *alpha;
+  PairBlock pairs;          ///< kGeneral
+  Real* dropout = nullptr;  ///< kGeneral
+};
+
+/// S^T and the running maximum over its keys.
+template <int kVectors>
+FLASH_NOINLINE void score_block(const Rows& k, const Real* q_t, Real* s, Real* row_max) {
+  VectorGroup<kVectors> max = load_group<kVectors>(row_max);
+  score_tiles<kVectors>(k, q_t, [&](int j, const VectorGroup<kVectors>& scores) {
+    store_group(s + j * kVectors * kLanes, scores);
+    FLASH_UNROLL
+    for (int v = 0; v < kVectors; ++v) max.x[v] = largest(scores.x[v], max.x[v]);
+  });
+  store_group(row_max, max);
+}
+
+/// S^T = -inf where the interval mask drops the pair; only blocks at its edges come here. The
+/// maximum is taken from the masked scores, so that a NaN in a dropped key cannot reach it.
+template <int kVectors>
+FLASH_NOINLINE void mask_block(const Lanes& lanes, int k_begin, int num_keys, Real* s,
+                               Real* row_max) {
+  VectorGroup<kVectors> max = load_group<kVectors>(row_max);
+  for (int j = 0; j < num_keys; ++j) {
+    FLASH_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      Real* score = s + (j * kVectors + v) * kLanes;
+      const Vector masked = select(keeps(lanes, v, k_begin + j), load(score), splat(-kInfinity));
+      store(score, masked);
+      max.x[v] = largest(masked, max.x[v]);
+    }
+  }
+  store_group(row_max, max);
+}
+
+/// Score modifications and both masks. `unit` takes the modified score to log2.
+template <int kVectors>
+FLASH_NOINLINE void modify_block(const ScoreMod& mod, const Lanes& lanes, const PairBlock& pairs,
+                                 int k_begin, int num_keys, Real unit, Real* s, Real* row_max) {
+  VectorGroup<kVectors> max = load_group<kVectors>(row_max);
+  for (int j = 0; j < num_keys; ++j) {
+    FLASH_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      Real* score = s + (j * kVectors + v) * kLanes;
+      const Vector modified =
+          modified_score<kVectors>(mod, lanes, pairs, k_begin, j, v, load(score)).score *
+          splat(unit);
+      store(score, modified);
+      max.x[v] = largest(modified, max.x[v]);
+    }
+  }
+  store_group(row_max, max);
+}
+
+/// P^T, l, alpha, m. The loop has time to fetch the rows of V that the output product reads next,
+/// if nobody has yet. With kMarkDropped a dropped pair weighs -0 instead of 0.
+template <int kVectors, bool kMarkDropped>
+FLASH_NOINLINE void softmax_block(Real* s, const Rows& v, bool fetch_v, Real* row_max,
+                                  const Real* new_max, Real* row_sum, Real* alpha) {
+  VectorGroup<kVectors> base, sum;
+  FLASH_UNROLL
+  for (int x = 0; x < kVectors; ++x) {
+    const Vector old_max = load(row_max + x * kLanes);
+    const Vector max = load(new_max + x * kLanes);
+    // A row with no key yet has m = -inf: subtract 0 then, for -inf - -inf is NaN.
+    base.x[x] = select(max == splat(-kInfinity), splat(0), max);
+    const Vector factor = exp2_bounded(old_max - base.x[x]);
+    store(alpha + x * kLanes, factor);
+    store(row_max + x * kLanes, max);
+    sum.x[x] = factor * load(row_sum + x * kLanes);
+  }
+  for (int j = 0; j < v.count; ++j) {
+    if (fetch_v) prefetch(v.data + j * v.stride, v.width);
+    FLASH_UNROLL
+    for (int x = 0; x < kVectors; ++x) {
+      Real* score = s + (j * kVectors + x) * kLanes;
+      const Vector t = load(score);
+      Vector p = exp2_bounded(t - base.x[x]);
+      sum.x[x] += p;
+      if constexpr (kMarkDropped) p = select(t == splat(-kInfinity), splat(-Real(0)), p);
+      store(score, p);
+    }
+  }
+  store_group(row_sum, sum);
+}
+
+/// P^T *= 0 or 1. A mark of -0 survives.
+FLASH_NOINLINE void drop_weights(const Real* factor, int count, Real* p) {
+  for (int i = 0; i < count; i += kLanes) store(p + i, load(p + i) * load(factor + i));
+}
+
+template <int kVectors>
+FLASH_NOINLINE void output_block(const Rows& v, const Real* p, Real* o_t, const Real* alpha) {
+  output_tiles<kVectors>(v, p, o_t, load_group<kVectors>(alpha));
+}
+
+/// No NaN, no infinity. x * 0 is 0 for every finite x and NaN for the others.
+FLASH_NOINLINE bool all_finite(const Rows& v) {
+  Vector poison = splat(0);
+  Real rest = 0;
+  for (int j = 0; j < v.count; ++j) {
+    const Real* row = v.data + j * v.stride;
+    int c = 0;
+    for (; c + kLanes <= v.width; c += kLanes) poison = fma(load(row + c), splat(0), poison);
+    for (; c < v.width; ++c) rest += row[c] * 0;
+  }
+  return sum_of_lanes(poison) + rest == 0;
+}
+/// 0 * NaN is NaN: a weight of exactly 0 does not protect a query from a NaN or infinity in a value
+/// that it does not attend. Where such a value is there, add pair by pair, passing the marked ones.
+template <int kVectors>
+FLASH_NOINLINE void output_block_of_kept_pairs(const Rows& v, const Real* p, Real* o_t,
+                                               const Real* alpha) {
+  const Bits dropped = ~(Bits(-1) >> 1);  // -0
+  for (int c = 0; c < v.width; ++c) {
+    for (int x = 0; x < kVectors; ++x) {
+      Real* out = o_t + (c * kVectors + x) * kLanes;
+      Vector acc = load(out) * load(alpha + x * kLanes);
+      for (int j = 0; j < v.count; ++j) {
+        const Vector weight = load(p + (j * kVectors + x) * kLanes);
+        const Vector sum = fma(broadcast(v.data + j * v.stride + c), weight, acc);
+        acc = select(bits_of(weight) == dropped, acc, sum);
+      }
+      store(out, acc);
+    }
+  }
+}
+
+/// `k` and `v` are the rows of the block that the group may keep, from key k_begin on.
+template <int kVectors, Variant kVariant, class Element>
+FLASH_INLINE void forward_block(const Group& group, const ForwardParams& p, Real unit, int k_begin,
+                                const Rows& k, const Rows& v, const BlockScratch& scratch) {
+  constexpr int kPitch = kVectors * kLanes;
+  const ScoreMod& mod = p.features.score_mod;
+  const int num_keys = k.count;
+  bool may_drop = k_begin < group.all_keys.begin || k_begin + num_keys > group.all_keys.end;
+  store_group(scratch.new_max, load_group<kVectors>(group.row_max));
+  score_block<kVectors>(k, group.q_t, scratch.s, scratch.new_max);
+  if (kVariant == Variant::kGeneral && mod.enabled()) {
+    may_drop |= mod.mask.data || mod.bias.data;
+    load_pairs<Element>(mod, group.queries, k_begin, num_keys, kPitch, scratch.pairs);
+    store_group(scratch.new_max, load_group<kVectors>(group.row_max));
+    modify_block<kVectors>(mod, group.lanes, scratch.pairs, k_begin, num_keys, unit, scratch.s,
+                           scratch.new_max);
+  } else if (may_drop) {
+    store_group(scratch.new_max, load_group<kVectors>(group.row_max));
+    mask_block<kVectors>(group.lanes, k_begin, num_keys, scratch.s, scratch.new_max);
+  }
+  const bool pair_by_pair = may_drop && !all_finite(v);
+  (pair_by_pair ? softmax_block<kVectors, true>
+                : softmax_block<kVectors, false>)(scratch.s, v, group.is_first, group.row_max,
+                                                  scratch.new_max, group.row_sum, scratch.alpha);
+  if (kVariant == Variant::kGeneral && p.features.dropout.enabled()) {
+    const GroupQueries& queries = group.queries;
+    dropout_factors(
+        DropoutStream::of(p.features.dropout, queries.batch, queries.head_begin, p.num_heads),
+        queries, k_begin, num_keys, kPitch, scratch.dropout);
+    drop_weights(scratch.dropout, num_keys * kPitch, scratch.s);
+  }
+  (pair_by_pair ? output_block_of_kept_pairs<kVectors>
+                : output_block<kVectors>)(v, scratch.s, group.o_t, scratch.alpha);
+}
+
+}  // namespace
+}  // namespace flash::cpu

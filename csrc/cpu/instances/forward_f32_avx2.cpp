@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "cpu/forward.h"
+
+namespace flash::cpu {
+
+const ForwardKernels kForwardF32Avx2{forward_workspace_bytes, forward};
+
+}  // namespace flash::cpu
