@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A small character-level GPT whose attention is a function that can be exchanged."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, H, N, d) -> (B, H, N, d), causal
+
+
+def softmax_formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, word for word: three (B, H, N, N) tensors come and go."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return torch.softmax(scores.masked_fill(~keep, -math.inf), dim=-1).to(v.dtype) @ v
+
+
+def torch_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    import flash_attn
+
+    return flash_attn.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+ATTENTION: dict[str, Attend] = {
+    "torch.softmax": softmax_formula,
+    "torch SDPA": torch_sdpa,
+    "flash_attn": ours,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    layers: int
+    width: int
+    heads: int
+    context: int
+    batch: int
+    vocabulary: int = 0
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: Config, attend: Attend) -> None:
+        super().__init__()
+        width = config.width
+        self.heads = config.heads
+        self.attend = attend
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.project = nn.Linear(width, width, bias=False)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(self.norm_attention(x)).view(batch, length, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, d), views of one projection
+        out = self.attend(q, k, v).transpose(1, 2).reshape(batch, length, width)
+        x = x + self.project(out)
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: Config, attend: Attend) -> None:
+        super().__init__()
+        self.config = config
+        self.token = nn.Embedding(config.vocabulary, config.width)
+        self.position = nn.Embedding(config.context, config.width)
+        self.blocks = nn.ModuleList(Block(config, attend) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        for block in self.blocks:  # residual branches start small: their sum keeps its variance
+            block.project.weight.data.div_(math.sqrt(2 * config.layers))
+            block.mlp[2].weight.data.div_(math.sqrt(2 * config.layers))
+
+    def set_attention(self, attend: Attend) -> None:
+        for block in self.blocks:
+            block.attend = attend
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N) -> logits (B, N, vocabulary)."""
+        positions = torch.arange(tokens.size(1), device=tokens.device)
+        x = self.token(tokens) + self.position(positions)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Mean cross entropy of the next character; tokens (B, N + 1)."""
+        logits = self(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+@torch.no_grad()
+def generate(model: GPT, prompt: Tensor, count: int, temperature: float = 0.7) -> Tensor:
+    """Append `count` sampled characters to prompt (1, N)."""
+    generator = torch.Generator(prompt.device).manual_seed(7)
+    tokens = prompt
+    for _ in range(count):
+        logits = model(tokens[:, -model.config.context :])[:, -1].float() / temperature
+        choice = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)
+        tokens = torch.cat([tokens, choice], dim=1)
+    return tokens
+
+
+class Text:
+    """The sources of Python's standard library as character numbers."""
+
+    characters = "\n" + "".join(chr(c) for c in range(32, 127))
+
+    def __init__(self, limit: int = 6_000_000) -> None:
+        folder = Path(sysconfig.get_paths()["stdlib"])
+        parts, size = [], 0
+        for path in sorted(folder.glob("*.py")) + sorted(folder.glob("*/*.py")):
+            if "site-packages" in path.parts or "dist-packages" in path.parts:
+                continue
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                parts.append(path.read_text(encoding="utf-8"))
+                size += len(parts[-1])
+            if size > limit:
+                break
+        text = "".join(parts)[:limit].replace("\t", "    ")
+        if len(text) < 100_000:
+            raise SystemExit(f"found too little text in {folder}: {len(text)} characters")
+        self.folder, self.files = folder, len(parts)
+        table = torch.full((128,), self.characters.index("?"), dtype=torch.uint8)
+        for number, character in enumerate(self.characters):
+            table[ord(character)] = number
+        raw = torch.frombuffer(bytearray(text, "ascii", "replace"), dtype=torch.uint8)
+        numbers = table[raw.long()]
+        split = int(0.95 * len(numbers))
+        self.training, self.validation = numbers[:split], numbers[split:]
+
+    def __len__(self) -> int:
+        return len(self.training) + len(self.validation)
+
+    def batch(self, config: Config, number: int, *, validation: bool = False) -> Tensor:
+        """Batch `number` (B, N + 1): the same for every model, whatever was drawn before."""
+        source = self.validation if validation else self.training
+        generator = torch.Generator().manual_seed(1_000_003 * number + validation)
+        starts = torch.randint(
+            len(source) - config.context - 1, (config.batch,), generator=generator
+        )
+        return torch.stack([source[s : s + config.context + 1] for s in starts.tolist()]).long()
+
+    def decode(self, tokens: Tensor) -> str:
+        return "".join(self.characters[t] for t in tokens.tolist())
