@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// What the backward is asked, where its scratch lies, and the gradient of the bias.
+#pragma once
+
+#include "attention/backend.h"
+#include "cpu/panel.h"
+
+namespace flash::cpu {
+namespace {
+
+/// Queries that one step takes together: a multiple of kPanelRows and of the 16 rows of dropout.h.
+constexpr int kChunkQueries = 96;
+static_assert(kChunkQueries % kPanelRows == 0 && kChunkQueries % 16 == 0);
+
+/// The gradients of out and lse, or of the attention weights: either way P is recomputed and
+///   dS = P o (dP - delta)
+/// with dP = dO V^T and delta = rowsum(dO o O) - dLSE, or dP = dW and delta = 0. Null tensors are
+/// not given, or not wanted.
+struct GradientTask {
+  const ForwardParams& p;
+  TensorView dout;                 ///< cotangent of out
+  RowView dlse;                    ///< cotangent of lse
+  const void* dweights = nullptr;  ///< or the cotangent of the weights, contiguous
+  bool average = false;            ///< which are then (b, sq, sk) means over the heads
+  TensorView dq, dk, dv;
+  RowView lse_gradient;  ///< of the weights: -rowsum(dS)
+  void* dbias = nullptr;
+  const int* bias_shape = nullptr;
+  void* dslopes = nullptr;
+  bool slopes_per_batch = false;
+  void* dsink = nullptr;
+
+  bool of_weights() const { return dweights != nullptr; }
+  bool wants_ds() const { return dq.data || dk.data || lse_gradient.data || dbias || dslopes; }
+};
+
+/// dbias in the bias's own shape: sums of Reals over whatever broadcasts, rounded once; where
+/// nothing broadcasts, each element is one pair's and is written at once.
+struct BiasGradient {
+  DType dtype;
+  void* data = nullptr;  ///< null: not wanted
+  Real* sums = nullptr;  ///< null: nothing broadcasts
+  int64_t stride[4] = {}, size = 0;
+  bool over_heads = false;  ///< heads or sequences share elements: one kv head after the other
+  bool over_keys = false;   ///< an element is a sum along a row of dS
+
+  static BiasGradient of(const GradientTask& task) {
+    BiasGradient g{.dtype =
+                       task.p.features.score_mod.bias_is_float32 ? DType::kFloat32 : task.p.dtype};
+    if (!task.dbias) return g;
+    const int full[4] = {task.p.batch, task.p.num_heads, task.p.q_layout.max, task.p.k_layout.max};
+    bool shared[4];
+    g.data = task.dbias;
+    g.size = 1;
+    for (int d = 3; d >= 0; --d) {
+      shared[d] = task.bias_shape[d] == 1 && full[d] != 1;
+      g.stride[d] = task.bias_shape[d] == 1 ? 0 : g.size;
+      g.size *= task.bias_shape[d];
+    }
+    g.over_heads = shared[0] || shared[1];
+    g.over_keys = shared[3];
+    if (g.sums_in_place()) g.sums = static_cast<Real*>(g.data);
+    return g;
+  }
+  /// Whether the tensor itself can hold the sums.
+  bool sums_in_place() const { return element_bytes(dtype) == int(sizeof(Real)); }
+  bool needs_sums() const {
+    int64_t dense = 1;
+    for (int64_t s : stride) dense *= s;
+    return data && !sums_in_place() && dense == 0;
+  }
+  int64_t row(int batch, int head, int q) const {
+    return batch * stride[0] + head * stride[1] + q * stride[2];
+  }
+};
+
+/// Hands out pieces of a workspace, each on a cache line of its own; from a null base it only
+/// counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* taken = base_ ? base_ + used_ : nullptr;
+    used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(taken);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+/// Of one worker: a block of keys and the pairs that it forms with a chunk of queries.
+struct BlockScratch {
+  Real *p, *ds;         ///< (kChunkQueries, kScorePitch): S, then P; dP, then dS
+  Real *k, *k_t, *v_t;  ///< K packed; K^T times the score's factor; V^T
+  Real *dk, *dv;        ///< packed sums
+  BlockScratch(Arena& arena, const GradientTask& task) {
+    const int64_t d = panels(task.p.head_dim), dv_panels = panels(task.p.head_dim_v);
+    constexpr int64_t kPiece = int64_t(kBlockKeys) * kPanel;
+    p = arena.take<Real>(int64_t(kChunkQueries) * kScorePitch);
+    ds = arena.take<Real>(int64_t(kChunkQueries) * kScorePitch);
+    k = arena.take<Real>(d * kPiece);
+    k_t = arena.take<Real>(d * kPiece);
+    dk = arena.take<Real>(d * kPiece);
+    v_t = arena.take<Real>(dv_panels * kPiece);
+    dv = arena.take<Real>(dv_panels * kPiece);
+  }
+};
+
+/// Some rows of one query head, as the steps want them.
+struct Chunk {
+  Real *q, *dout, *dq;           ///< packed, panels kChunkQueries rows apart
+  Real *lse, *delta, *row_sums;  ///< per row; row_sums = rowsum(dS)
+  int32_t* blocks_done;          ///< the next block of keys that may add to dq and row_sums
+  uint8_t* flags;
+  int head, first_row, rows;
+
+  static constexpr uint8_t kHasEmptyRow = 1, kNotFinite = 2;
+};
+
+/// One kv head in work: the packed rows of all its query heads.
+struct HeadScratch {
+  int num_chunks, num_blocks, dq_width, dout_width;
+  Real *q, *dout, *dq, *lse, *delta, *row_sums, *slope_sums;
+  int32_t* blocks_done;
+  uint8_t* flags;
+
+  HeadScratch(Arena& arena, const GradientTask& task, int seqlen_q, int seqlen_k)
+      : num_chunks((seqlen_q + kChunkQueries - 1) / kChunkQueries),
+        num_blocks((seqlen_k + kBlockKeys - 1) / kBlockKeys),
+        dq_width(panels(task.p.head_dim) * kPanel),
+        dout_width(task.of_weights() ? 0 : panels(task.p.head_dim_v) * kPanel) {
+    const int64_t chunks = int64_t(task.p.gqa_ratio()) * num_chunks, rows = chunks * kChunkQueries;
+    q = arena.take<Real>(rows * dq_width);
+    dq = arena.take<Real>(task.dq.data ? rows * dq_width : 0);
+    dout = arena.take<Real>(rows * dout_width);
+    lse = arena.take<Real>(rows);
+    delta = arena.take<Real>(rows);
+    row_sums = arena.take<Real>(rows);
+    slope_sums = arena.take<Real>(int64_t(task.p.gqa_ratio()) * num_blocks);
+    blocks_done = arena.take<int32_t>(chunks);
+    flags = arena.take<uint8_t>(chunks);
+  }
+  Chunk chunk(int head, int c, int seqlen_q) const {
+    const int64_t index = int64_t(head) * num_chunks + c, row = index * kChunkQueries;
+    return {.q = q + row * dq_width,
+            .dout = dout + row * dout_width,
+            .dq = dq + row * dq_width,
+            .lse = lse + row,
+            .delta = delta + row,
+            .row_sums = row_sums + row,
+            .blocks_done = blocks_done + index,
+            .flags = flags + index,
+            .head = head,
+            .first_row = c * kChunkQueries,
+            .rows = smaller(kChunkQueries, seqlen_q - c * kChunkQueries)};
+  }
+};
+
+}  // namespace
+}  // namespace flash::cpu
