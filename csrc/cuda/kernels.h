@@ -7,7 +7,39 @@
 
 namespace flash::cuda {
 
-/// sm80, fp16 and bf16, buckets of tile_config.h's kSm80HeadDims.
+// Kernels of every backend (common/), for each dtype.
+
+/// Rows 0, and -inf in lse if it has data: for rows that no sequence owns.
+template <DType kDType>
+void launch_fill_rows(const TensorView& view, const RowView& lse, const SequenceLayout& layout,
+                      int num_heads, int batch, int width, void* stream);
+template <DType kDType>
+void launch_backward_delta(const BackwardParams& p, const RowView& delta, void* stream);
+template <DType kDType, class Params>
+void launch_backward_bias(const Params& p, const RowView& delta, void* stream);
+/// `partials` has room for batch x heads x ceil(seqlen_q / simt_rows(dtype)) numbers.
+template <DType kDType>
+void launch_backward_slopes(const BackwardParams& p, const RowView& delta, void* partials,
+                            void* stream);
+template <DType kDType>
+void launch_backward_sink(const BackwardParams& p, const RowView& delta, void* stream);
+
+/// Every dtype and head dim; kPanel and kVariant as select.cpp has them.
+namespace simt {
+
+template <DType kDType, int kPanel, Variant kVariant>
+void launch_forward(const ForwardParams& p, void* stream);
+/// dq, dk and dv, those that are not null, from q, k, v, dout, lse and `delta`.
+template <DType kDType, int kPanel, Variant kVariant>
+void launch_backward(const BackwardParams& p, const RowView& delta, void* stream);
+template <DType kDType>
+void launch_weights(const WeightsParams& p, void* stream);
+template <DType kDType>
+void launch_weights_backward(const WeightsBackwardParams& p, void* stream);
+
+}  // namespace simt
+
+/// fp16 and bf16, buckets of tile_config.h's kSm80HeadDims.
 namespace sm80 {
 
 template <DType kDType, int kHeadDim, Variant kVariant>

@@ -6,12 +6,12 @@
 
 namespace flash::cuda {
 
-enum class Arch : uint8_t { kSimt, kSm80 };
+enum class Arch : uint8_t { kSimt, kSm80, kSm90 };
 
 struct KernelSpec {
   Arch arch;
   DType dtype;
-  int head_dim;  ///< bucket: sm80, the larger of head_dim and head_dim_v; simt, columns of a panel
+  int head_dim;  ///< sm80, sm90: bucket of the larger head dim; simt: columns of a panel
   Variant variant;
 
   constexpr bool operator==(const KernelSpec&) const = default;

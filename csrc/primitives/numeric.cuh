@@ -46,6 +46,13 @@ FLASH_DEVICE float exp2_approx(float x) {
   return y;
 }
 
+/// The smaller of two; NaN if one is (fminf would drop it).
+FLASH_DEVICE float min_or_nan(float a, float b) {
+  float smaller;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(smaller) : "f"(a), "f"(b));
+  return smaller;
+}
+
 /// e^x. In float by exp2, whose argument the multiplication rounds once: the relative error is at
 /// most (|x| + 2) 2^-24, below what the rounding of x itself costs.
 FLASH_DEVICE float exp_of(float x) { return exp2f(x * 1.4426950408889634f); }

@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The features of attention as the kernels of this folder and of simt/ see them: one (query, key)
+// pair at a time.
+#pragma once
+
+#include "attention/params.h"
+#include "cuda/common/element.cuh"
+
+namespace flash::cuda {
+
+/// Everything about the scores of one (sequence, query head). kPlain compiles to the scale alone.
+template <class Element_, Variant kVariant>
+struct PairScore {
+  using Element = Element_;
+  using Real = Accumulator<Element>;
+  static constexpr bool kGeneral = kVariant == Variant::kGeneral;
+
+  const Features& features;
+  Real scale;
+  int batch, head, diagonal_offset;
+  DropoutStream dropout;
+
+  __device__ __forceinline__ PairScore(const ForwardParams& p, int batch, int head,
+                                       const Sequence& q, const Sequence& k)
+      : features(p.features),
+        scale(Real(p.softmax_scale)),
+        batch(batch),
+        head(head),
+        diagonal_offset(p.mask.diagonal_offset(q.length, k.length)),
+        dropout{} {
+    if constexpr (kGeneral) {
+      if (features.dropout.enabled())
+        dropout = DropoutStream::of(features.dropout, batch, head, p.num_heads);
+    }
+  }
+
+  /// q.k -> the score that enters the softmax, before the interval mask.
+  __device__ __forceinline__ ModifiedScore<Real> operator()(Real dot, int q, int k) const {
+    if constexpr (kGeneral) {
+      const ScorePlace place{features.score_mod, {batch, head, q, k}, diagonal_offset, Widen{}};
+      return features.score_mod.template forward<Real, Real>(dot * scale, place);
+    } else {
+      return {dot * scale, Real(1)};
+    }
+  }
+  /// dL/d(score) -> dL/d(scale q.k)
+  __device__ __forceinline__ Real backward(Real ds, Real slope) const {
+    if constexpr (kGeneral) return features.score_mod.backward(ds, slope);
+    return ds;
+  }
+
+  __device__ __forceinline__ bool drops() const {
+    return kGeneral && features.dropout.enabled();
+  }
+  __device__ __forceinline__ Real keep_scale() const { return Real(features.dropout.scale); }
+  __device__ __forceinline__ bool keeps(int q, int k) const { return dropout.keep(q, k); }
+
+  // The backward carries a weight P >= 0 with the sign bit set where dropout drops the pair, so that
+  // Philox runs once per pair and pass.
+
+  /// P = exp(score - lse), 0 where the pair is masked; `slope` for backward().
+  __device__ __forceinline__ Real signed_weight(Real dot, int q, int k, bool kept, Real lse,
+                                                Real& slope) const {
+    const ModifiedScore<Real> modified = (*this)(dot, q, k);
+    slope = modified.slope;
+    const Real weight = kept ? exp_of(modified.score - lse) : Real(0);
+    if constexpr (kGeneral) {
+      if (drops() && !keeps(q, k)) return copysign(weight, Real(-1));
+    }
+    return weight;
+  }
+  /// keep / (1 - p) P
+  __device__ __forceinline__ Real after_dropout(Real signed_weight) const {
+    if constexpr (kGeneral) {
+      if (drops()) return signbit(signed_weight) ? Real(0) : signed_weight * keep_scale();
+    }
+    return signed_weight;
+  }
+  /// dS = P o (keep / (1 - p) dP - delta); exactly 0 where P is, whatever dP is.
+  __device__ __forceinline__ Real gradient(Real signed_weight, Real dp, Real delta) const {
+    Real weight = signed_weight;
+    if constexpr (kGeneral) {
+      if (drops()) {
+        dp = signbit(weight) ? Real(0) : dp * keep_scale();
+        weight = fabs(weight);
+      }
+    }
+    return weight == 0 ? Real(0) : weight * (dp - delta);
+  }
+
+ private:
+  using ScorePlace = ScalarPlace<Real, Element, Widen>;
+};
+
+/// Keys that a mask or a bias which is the same for every query takes away from all of them. They
+/// are read as 0, so that what lies in their memory cannot reach a result (numerics, contract 3).
+template <class Element, Variant kVariant>
+struct AttendedKeys {
+  const ScoreMod& mod;
+  int batch, head;
+
+  __device__ __forceinline__ bool operator()(int k) const {
+    if constexpr (kVariant == Variant::kPlain) {
+      return true;
+    } else {
+      const ScoreCoord c{batch, head, 0, k};
+      if (mod.mask.data && mod.mask.q_stride == 0 && !mod.mask_keeps(c)) return false;
+      if (!mod.bias.data || mod.bias.q_stride != 0) return true;
+      using Real = Accumulator<Element>;
+      return mod.template bias_at<Real, Element>(c, Widen{}) != Real(-INFINITY);
+    }
+  }
+};
+
+/// lse as the backward reads it: rows without a key, and rows outside, have weights exp(s - inf) = 0.
+template <class Real>
+__device__ __forceinline__ Real lse_of(const RowView& view, const Sequence& s, int head, int q) {
+  if (q >= s.length) return Real(INFINITY);
+  const Real lse = static_cast<const Real*>(view.data)[view.offset(s, head) + q];
+  return lse == Real(-INFINITY) ? Real(INFINITY) : lse;
+}
+
+/// delta = rowsum(dO o O) - dLSE; there is none where the weights themselves are differentiated.
+template <class Real>
+__device__ __forceinline__ Real delta_of(const RowView& view, const Sequence& s, int head, int q) {
+  if (!view.data || q >= s.length) return Real(0);
+  return static_cast<const Real*>(view.data)[view.offset(s, head) + q];
+}
+
+/// The block of rows and the column panel that a CTA of simt/ works on, from its linear index:
+/// panel fastest, then row blocks (last, under a causal mask the longest, first), heads, batch.
+struct CtaPlace {
+  int panel, block, head, batch;
+
+  static __device__ __forceinline__ CtaPlace of(int64_t index, int panels, int blocks, int heads) {
+    CtaPlace place;
+    place.panel = int(index % panels);
+    index /= panels;
+    place.block = blocks - 1 - int(index % blocks);
+    index /= blocks;
+    place.head = int(index % heads);
+    place.batch = int(index / heads);
+    return place;
+  }
+};
+
+}  // namespace flash::cuda

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "cuda/simt/backward_kv.cuh"
+
+namespace flash::cuda::simt {
+
+template void launch_backward<DType::kFloat64, 64, Variant::kGeneral>(const BackwardParams&, const RowView&, void*);
+
+}  // namespace flash::cuda::simt

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "cuda/select.h"
+
+#include <algorithm>
+
+#include "cuda/sm90/support.h"
+#include "cuda/tile_config.h"
+
+namespace flash::cuda {
+namespace {
+
+int sm80_head_dim(const ForwardParams& p) {
+  const int wanted = std::max(p.head_dim, p.head_dim_v);
+  for (int bucket : kSm80HeadDims)
+    if (wanted <= bucket) return bucket;
+  return 0;
+}
+
+std::vector<std::string> why_not_sm80(const ForwardParams& p) {
+  std::vector<std::string> reasons;
+  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16)
+    reasons.push_back("the dtype is neither float16 nor bfloat16");
+  if (sm80_head_dim(p) == 0)
+    reasons.push_back("a head dim is larger than 256: " + std::to_string(p.head_dim) + ", " +
+                      std::to_string(p.head_dim_v));
+  return reasons;
+}
+
+std::string too_old(int needed, int compute_capability) {
+  const auto spell = [](int x) { return std::to_string(x / 10) + "." + std::to_string(x % 10); };
+  return "the GPU has compute capability " + spell(compute_capability) + ", not " + spell(needed);
+}
+
+}  // namespace
+
+KernelSpec select(Arch arch, const ForwardParams& p, Direction direction) {
+  switch (arch) {
+    case Arch::kSm90:
+      if (direction == Direction::kForward)
+        return {arch, p.dtype, sm90::head_dim_bucket(p), Variant::kPlain};
+      return {Arch::kSm80, p.dtype, sm80_head_dim(p), p.variant()};
+    case Arch::kSm80:
+      return {arch, p.dtype, sm80_head_dim(p), p.variant()};
+    case Arch::kSimt:
+      break;
+  }
+  const int width = direction == Direction::kForward ? p.head_dim_v
+                                                     : std::max(p.head_dim, p.head_dim_v);
+  // Only fp32 has kernels without features: the other dtypes rarely come here.
+  const Variant variant = p.dtype == DType::kFloat32 ? p.variant() : Variant::kGeneral;
+  return {arch, p.dtype, simt_panel(p.dtype, width), variant};
+}
+
+std::vector<std::string> why_unsupported(Arch arch, const ForwardParams& p, Direction direction,
+                                         int compute_capability) {
+  std::vector<std::string> reasons;
+  if (arch == Arch::kSimt) return reasons;
+  if (arch == Arch::kSm90) {
+    reasons = direction == Direction::kForward ? sm90::why_unsupported(p) : why_not_sm80(p);
+    if (compute_capability != 90) reasons.push_back(too_old(90, compute_capability));
+    return reasons;
+  }
+  reasons = why_not_sm80(p);
+  if (compute_capability < 80) reasons.push_back(too_old(80, compute_capability) + " or newer");
+  return reasons;
+}
+
+}  // namespace flash::cuda
