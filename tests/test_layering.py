@@ -106,7 +106,10 @@ def kernel_template_violations(text):
     for match in re.finditer(r"template\s*<([^{};]*?)>\s*(?:extern\s+)?__global__", text):
         if split_at_top_level(match.group(1)) > MAX_KERNEL_TEMPLATE_PARAMETERS:
             line = text.count("\n", 0, match.start()) + 1
-            yield line, f"a kernel with more than {MAX_KERNEL_TEMPLATE_PARAMETERS} template parameters"
+            yield (
+                line,
+                f"a kernel with more than {MAX_KERNEL_TEMPLATE_PARAMETERS} template parameters",
+            )
 
 
 def line_violations(layer, path, number, line):
@@ -257,11 +260,13 @@ def test_header_compiles_alone(header):
 SPDX = "// SPDX-License-Identifier: BSD-3-Clause\n"
 HEADER = SPDX + "#pragma once\n"
 GOOD = {
-    "attention/mask.h": HEADER + "#include <cmath>\n// O += P V, one row at a time\nstruct Mask {};\n",
+    "attention/mask.h": HEADER
+    + "#include <cmath>\n// O += P V, one row at a time\nstruct Mask {};\n",
     "cuda/dispatch.cpp": SPDX + '#include "cuda/spec.h"\n#include "attention/mask.h"\n',
     "cpu/forward.cpp": SPDX + '#include "attention/mask.h"\n#if defined(__AVX512F__)\n#endif\n',
     "ops/forward.cpp": SPDX + '#include <ATen/ATen.h>\n#include "cuda/backend.h"\n',
-    "cuda/sm80/forward.cuh": HEADER + "template <class Traits, class Mod>\n__global__ void f(int x);\n",
+    "cuda/sm80/forward.cuh": HEADER
+    + "template <class Traits, class Mod>\n__global__ void f(int x);\n",
     "cpu/x.cpp": SPDX + "void f() {\n" + "  g();\n" * (MAX_OPS_FUNCTION_LINES + 1) + "}\n",
 }
 LONG_FUNCTION = "void f(int a,\n       int b) {\n" + "  g();\n" * 200 + "}\n"
@@ -276,7 +281,8 @@ BAD = {
     "cpu/c.cpp": SPDX + LONG_FUNCTION,
     "cpu/no_spdx.cpp": "int x;\n",
     "cuda/a.cuh": HEADER + "// store(gO, acc);\n",
-    "cuda/b.cuh": HEADER + "template <int A, int B, bool C, bool D, bool E>\n__global__ void f();\n",
+    "cuda/b.cuh": HEADER
+    + "template <int A, int B, bool C, bool D, bool E>\n__global__ void f();\n",
     "cuda/c.cuh": HEADER + "#ifdef DISABLE_DROPOUT\n#endif\n",
     "cuda/d.cuh": HEADER + "using namespace cute;\n",
     "cuda/e.cu": SPDX + 'void f() { printf("x"); }\n',

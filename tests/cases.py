@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The one grid of cases: every backend runs each of them, forward and backward, in every dtype.
+
+A case is a description; `make_inputs` turns it into tensors. Memory that no result may depend on
+(rows owned by no sequence, gaps between strided rows) is filled with NaN.
+"""
+
+import dataclasses
+import math
+import os
+import random
+import zlib
+
+import torch
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+SEED = int(os.environ.get("FLASH_ATTN_TEST_SEED", "0"))
+DIFFERENTIABLE = ("q", "k", "v", "bias", "alibi_slopes", "sink")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes and features of one call. Letters of `bias` and `mask` name the dims that are not
+    broadcast, out of "bhqk"; packed lengths stand in `lengths_q`, `lengths_k`."""
+
+    name: str
+    batch: int = 2
+    heads: int = 2
+    heads_k: int | None = None
+    seqlen_q: int = 65
+    seqlen_k: int = 65
+    head_dim: int = 64
+    head_dim_v: int | None = None
+    causal: str | None = None  # "top_left", "bottom_right"
+    window: tuple[int | None, int | None] = (None, None)
+    prefix: int = 0
+    scale: float | None = None
+    softcap: float = 0.0
+    bias: str | None = None
+    bias_values: str = "normal"  # "minus_inf", "lowest", "large"
+    bias_dtype: str = "same"
+    mask: str | None = None
+    mask_values: str = "random"  # "padding", "empty_rows", "nothing"
+    alibi: str | None = None  # "h", "bh"
+    sink: bool = False
+    dropout_p: float = 0.0
+    lengths_q: tuple[int, ...] | None = None
+    lengths_k: tuple[int, ...] | None = None
+    unowned: int = 0  # rows of the packed tensors behind the last sequence
+    seqused_q: tuple[int, ...] | None = None
+    seqused_k: tuple[int, ...] | None = None
+    layout: str = "bhld"  # "blhd", "lbhd", "sliced", "expanded", "last_dim_strided"
+    values: str = "normal"
+    dtypes: tuple[str, ...] = DTYPES
+
+
+_FLOATS_WITH_RANGE = ("float32", "float64", "bfloat16")
+_16_BIT = ("bfloat16", "float16")
+
+CASES = [
+    # Sizes round the edges of tiles and vectors.
+    Case("square"),
+    Case("one_of_everything", 1, 1, 1, 1, 1, 1),
+    Case("two_by_two", 2, 2, 2, 2, 2, 8),
+    Case("one_query", seqlen_q=1, seqlen_k=130),
+    Case("one_key", seqlen_q=70, seqlen_k=1),
+    Case("lengths_63_64", seqlen_q=63, seqlen_k=64),
+    Case("lengths_128_127", seqlen_q=128, seqlen_k=127, head_dim=32),
+    Case("lengths_129_192", seqlen_q=129, seqlen_k=192),
+    Case("few_queries_many_keys", 1, 2, seqlen_q=5, seqlen_k=515),
+    Case("many_queries_few_keys", 1, 2, seqlen_q=300, seqlen_k=37),
+    Case("several_blocks_causal", 1, 2, seqlen_q=513, seqlen_k=513, causal="top_left"),
+    Case("many_heads", 3, 13, seqlen_q=17, seqlen_k=33, head_dim=16),
+    # Head dims.
+    *(Case(f"head_dim_{d}", 1, 2, seqlen_q=50, seqlen_k=70, head_dim=d, causal="top_left")
+      for d in (1, 3, 17, 40, 72, 80, 96, 128, 160, 192, 256, 257, 512)),
+    Case("head_dim_192_v_128", head_dim=192, head_dim_v=128),
+    Case("head_dim_64_v_96", head_dim=64, head_dim_v=96),
+    Case("head_dim_64_v_1", head_dim=64, head_dim_v=1),
+    Case("head_dim_5_v_130", head_dim=5, head_dim_v=130, causal="bottom_right"),
+    # Grouped heads.
+    Case("gqa", heads=6, heads_k=2),
+    Case("mqa_causal", heads=5, heads_k=1, causal="top_left"),
+    Case("gqa_bias_sink_slopes", heads=4, heads_k=2, bias="hqk", sink=True, alibi="bh"),
+    # Masks that are intervals.
+    Case("causal_square", causal="top_left"),
+    Case("causal_top_left_tall", seqlen_q=100, seqlen_k=33, causal="top_left"),
+    Case("causal_top_left_wide", seqlen_q=33, seqlen_k=140, causal="top_left"),
+    Case("causal_bottom_right_tall", seqlen_q=140, seqlen_k=33, causal="bottom_right"),
+    Case("causal_bottom_right_wide", seqlen_q=33, seqlen_k=140, causal="bottom_right"),
+    Case("window", seqlen_q=150, seqlen_k=170, window=(20, 9)),
+    Case("window_diagonal_only", window=(0, 0)),
+    Case("window_bottom_right", seqlen_q=90, seqlen_k=200, window=(40, 0), causal="bottom_right"),
+    Case("window_left_unbounded", seqlen_q=90, seqlen_k=120, window=(None, 7)),
+    Case("window_right_unbounded_tall", seqlen_q=200, seqlen_k=60, window=(11, None)),
+    Case("prefix_causal", seqlen_q=100, seqlen_k=100, causal="top_left", prefix=37),
+    Case("prefix_window", seqlen_q=130, seqlen_k=130, window=(50, 0), prefix=70),
+    # Modified scores.
+    Case("softcap", softcap=2.0),
+    Case("softcap_causal_gqa", heads=4, heads_k=2, softcap=15.0, causal="bottom_right"),
+    Case("slopes", alibi="h"),
+    Case("slopes_per_batch_causal", seqlen_q=40, seqlen_k=90, alibi="bh", causal="bottom_right"),
+    Case("sink", sink=True),
+    Case("sink_empty_rows", seqlen_q=80, seqlen_k=40, sink=True, causal="bottom_right"),
+    # Bias: full, every kind of broadcast, -inf, very negative.
+    Case("bias_full", bias="bhqk"),
+    Case("bias_heads", bias="hqk", causal="top_left"),
+    Case("bias_pairs", 3, 2, bias="qk"),
+    Case("bias_keys", bias="bk"),
+    Case("bias_queries", bias="hq", seqlen_q=33),
+    Case("bias_scalar", bias=""),
+    Case("bias_float32", bias="hqk", bias_dtype="float32", dtypes=_16_BIT),
+    Case("bias_minus_inf", bias="bhqk", bias_values="minus_inf"),
+    Case("bias_lowest", 1, 2, seqlen_q=64, seqlen_k=192, bias="bk", bias_values="lowest"),
+    Case("bias_large_offset", bias="qk", bias_values="large"),
+    # Boolean masks.
+    Case("mask_full", mask="bhqk"),
+    Case("mask_padding", 3, 2, mask="bk", mask_values="padding"),
+    Case("mask_pairs_gqa", heads=4, heads_k=1, mask="qk"),
+    Case("mask_empty_rows", mask="bhqk", mask_values="empty_rows"),
+    Case("mask_nothing", seqlen_q=20, mask="bk", mask_values="nothing"),
+    # Dropout.
+    Case("dropout", dropout_p=0.1),
+    Case("dropout_causal_gqa", heads=4, heads_k=2, seqlen_q=70, seqlen_k=140,
+         causal="bottom_right", dropout_p=0.5),
+    Case("dropout_everything", dropout_p=1.0),
+    # All at once.
+    Case("all_features", heads=4, heads_k=2, seqlen_q=77, seqlen_k=140, head_dim=40,
+         head_dim_v=72, causal="bottom_right", window=(90, 0), prefix=20, softcap=5.0,
+         bias="bhqk", mask="bk", mask_values="padding", alibi="bh", sink=True, dropout_p=0.2),
+    # Packed sequences.
+    Case("packed", lengths_q=(5, 0, 64, 33), lengths_k=(5, 0, 64, 33)),
+    Case("packed_causal", lengths_q=(70, 3, 129), lengths_k=(90, 70, 65), causal="bottom_right"),
+    Case("packed_unowned_rows", heads=4, heads_k=2, lengths_q=(17, 40), lengths_k=(33, 12),
+         unowned=21, window=(10, 5)),
+    Case("packed_seqused", lengths_q=(30, 40, 7), lengths_k=(50, 20, 9), seqused_q=(30, 11, 7),
+         seqused_k=(17, 20, 0), causal="bottom_right", sink=True),
+    Case("packed_features", heads=4, heads_k=2, lengths_q=(31, 66, 1), lengths_k=(31, 66, 20),
+         alibi="bh", softcap=4.0, dropout_p=0.3, sink=True, causal="bottom_right"),
+    Case("dense_seqused", 3, seqused_k=(65, 17, 0)),
+    # Strides.
+    Case("layout_blhd", layout="blhd"),
+    Case("layout_lbhd_causal", layout="lbhd", causal="top_left"),
+    Case("layout_sliced", layout="sliced", head_dim=24),
+    Case("layout_expanded", 3, 4, layout="expanded"),
+    Case("layout_last_dim_strided", layout="last_dim_strided", head_dim=20),
+    # Nothing there.
+    Case("no_batch", batch=0),
+    Case("no_heads", heads=0),
+    Case("no_queries", seqlen_q=0),
+    Case("no_keys", seqlen_k=0, bias="bhqk", sink=True),
+    Case("no_head_dim", head_dim=0, head_dim_v=8, scale=1.0, causal="top_left"),
+    Case("no_head_dim_v", head_dim_v=0),
+    # Scales and magnitudes.
+    Case("scale_zero", scale=0.0, causal="top_left"),
+    Case("scale_negative", scale=-0.3),
+    Case("magnitude_10", values="times_10"),
+    Case("common_offset", values="offset", scale=1.0),
+    Case("all_equal", values="equal", causal="top_left"),
+    Case("one_key_dominates", values="dominating"),
+    Case("huge", values="huge", dtypes=_FLOATS_WITH_RANGE),
+    Case("subnormal", values="subnormal"),
+]  # fmt: skip
+BY_NAME = {case.name: case for case in CASES}
+GRID = [(case, dtype) for case in CASES for dtype in case.dtypes]
+
+
+def grid_id(pair):
+    case, dtype = pair
+    return f"{case.name}-{dtype}"
+
+
+@dataclasses.dataclass
+class Inputs:
+    case: Case
+    dtype: torch.dtype
+    tensors: dict[str, torch.Tensor]  # by the operator's argument names
+    options: dict[str, object]
+    dout: torch.Tensor
+    dlse: torch.Tensor
+
+    def differentiable(self):
+        return [name for name in DIFFERENTIABLE if name in self.tensors]
+
+    def upcast(self, dtype):
+        """Contiguous copies whose floating dtype is `dtype`, slopes and sink included."""
+
+        def cast(t):
+            return t.detach().to(dtype).clone() if t.is_floating_point() else t
+
+        tensors = {name: cast(t) for name, t in self.tensors.items()}
+        return dataclasses.replace(
+            self, tensors=tensors, dout=cast(self.dout), dlse=cast(self.dlse)
+        )
+
+    def call(self, operator, **more):
+        return operator(**self.tensors, **self.options, **more)
+
+
+class _Source:
+    """Random tensors from one seed: the same numbers on every device."""
+
+    def __init__(self, name):
+        self.generator = torch.Generator().manual_seed(SEED * 1000003 + zlib.crc32(name.encode()))
+
+    def normal(self, *shape):
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def coins(self, p, *shape):
+        return torch.rand(shape, generator=self.generator) < p
+
+
+def _lay_out(values, layout, expand=False):
+    """`values` (B, H, L, E) as a tensor of the wanted strides."""
+    batch, heads, length, dim = values.shape
+    if layout == "blhd":
+        return values.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "lbhd":
+        return values.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    if layout == "sliced":
+        storage = values.new_full((batch, heads + 1, length + 3, dim + 5), math.nan)
+        view = storage[:, 1:, 2 : length + 2, 3 : dim + 3]
+        return view.copy_(values)
+    if layout == "last_dim_strided":
+        storage = values.new_full((batch, heads, length, 2 * dim), math.nan)
+        return storage[..., ::2].copy_(values)
+    if layout == "expanded" and expand:
+        return values[:1, :1].expand(batch, heads, length, dim)
+    return values.contiguous()
+
+
+def _fill_values(case, q, k, v, dtype):
+    if case.values == "times_10":
+        q, k, v = q * 10, k * 10, v * 10
+    elif case.values == "offset":
+        q, k = q * 0.3, k * 0.3
+        q[..., 0], k[..., 0] = 100, 100
+    elif case.values == "equal":
+        q, k = torch.ones_like(q), torch.ones_like(k)
+    elif case.values == "dominating":
+        k[..., k.shape[-2] // 2, :] *= 30
+    elif case.values == "huge":
+        q = torch.full_like(q, 133120.0)
+        k = 133120.0 * torch.where(k[..., :1] > 0, 1.0, -1.0).expand_as(k).clone()
+    elif case.values == "subnormal":
+        tiny = torch.finfo(dtype).smallest_normal / 16
+        q, k, v = q * tiny, k, v * tiny
+    return q, k, v
+
+
+def _pair_shape(letters, case, seqlen_q, seqlen_k):
+    full = {"b": case.batch, "h": case.heads, "q": seqlen_q, "k": seqlen_k}
+    return [full[letter] if letter in letters else 1 for letter in "bhqk"]
+
+
+def _make_bias(case, source, dtype):
+    bias = source.normal(*_pair_shape(case.bias, case, case.seqlen_q, case.seqlen_k))
+    if case.bias_values == "minus_inf":
+        bias = bias.masked_fill(source.coins(0.3, *bias.shape), -math.inf)
+        bias[:, :, 3] = -math.inf
+    elif case.bias_values == "lowest":
+        bias[..., bias.shape[-1] // 3 :] = torch.finfo(dtype).min / 2
+    elif case.bias_values == "large":
+        bias = bias + 1e4
+    return bias.to(torch.float32 if case.bias_dtype == "float32" else dtype)
+
+
+def _make_mask(case, source):
+    shape = _pair_shape(case.mask, case, case.seqlen_q, case.seqlen_k)
+    if case.mask_values == "nothing":
+        return torch.zeros(shape, dtype=torch.bool)
+    mask = source.coins(0.6, *shape)
+    if case.mask_values == "padding":
+        lengths = torch.randint(1, shape[-1] + 1, (shape[0], 1, 1, 1), generator=source.generator)
+        mask = torch.arange(shape[-1]) < lengths
+    elif case.mask_values == "empty_rows":
+        mask[:, :, ::7] = False
+        mask[0] = False
+    return mask
+
+
+def _accumulation(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _pack(values, lengths, unowned):
+    """(B, H, L, E) -> (T, H, E) with the rows of each sequence one after another."""
+    rows = [values[b, :, :length].transpose(0, 1) for b, length in enumerate(lengths)]
+    tail = values.new_full((unowned, values.shape[1], values.shape[3]), math.nan)
+    return torch.cat([*rows, tail])
+
+
+def _poison_unused_rows(case, q, k, v, dout):
+    for used, tensors in ((case.seqused_q, (q, dout)), (case.seqused_k, (k, v))):
+        for b, length in enumerate(used or ()):
+            for t in tensors:
+                t[b, :, length:] = math.nan
+
+
+def make_inputs(case, dtype_name, device="cpu"):
+    dtype, source = getattr(torch, dtype_name), _Source(case.name + dtype_name)
+    packed = case.lengths_q is not None
+    if packed:
+        case = dataclasses.replace(
+            case, batch=len(case.lengths_q), seqlen_q=max(case.lengths_q),
+            seqlen_k=max(case.lengths_k),
+        )  # fmt: skip
+    heads_k = case.heads if case.heads_k is None else case.heads_k
+    dim_v = case.head_dim if case.head_dim_v is None else case.head_dim_v
+    q = source.normal(case.batch, case.heads, case.seqlen_q, case.head_dim)
+    k = source.normal(case.batch, heads_k, case.seqlen_k, case.head_dim)
+    v = source.normal(case.batch, heads_k, case.seqlen_k, dim_v)
+    dout = source.normal(case.batch, case.heads, case.seqlen_q, dim_v)
+    q, k, v = _fill_values(case, q, k, v, dtype)
+    _poison_unused_rows(case, q, k, v, dout)
+    q, k, v, dout = (t.to(device, dtype) for t in (q, k, v, dout))
+
+    tensors, options = {}, {}
+    if packed:
+        tensors["q"] = _pack(q, case.lengths_q, case.unowned)
+        tensors["k"] = _pack(k, case.lengths_k, case.unowned)
+        tensors["v"] = _pack(v, case.lengths_k, case.unowned)
+        dout = _pack(dout, case.lengths_q, case.unowned)
+        for name, lengths in (("q", case.lengths_q), ("k", case.lengths_k)):
+            ends = torch.tensor((0, *lengths)).cumsum(0)
+            tensors[f"cu_seqlens_{name}"] = ends.to(torch.int32)
+            options[f"max_seqlen_{name}"] = max(lengths)
+        lse_shape = (case.heads, tensors["q"].shape[0])
+    else:
+        tensors["q"] = _lay_out(q, case.layout)
+        tensors["k"] = _lay_out(k, case.layout, expand=True)
+        tensors["v"] = _lay_out(v, case.layout, expand=True)
+        lse_shape = (case.batch, case.heads, case.seqlen_q)
+    for name, used in (("seqused_q", case.seqused_q), ("seqused_k", case.seqused_k)):
+        if used is not None:
+            tensors[name] = torch.tensor(used, dtype=torch.int32)
+    if case.bias is not None:
+        tensors["bias"] = _make_bias(case, source, dtype)
+    if case.mask is not None:
+        tensors["mask"] = _make_mask(case, source)
+    if case.alibi is not None:
+        shape = (case.batch, case.heads) if case.alibi == "bh" else (case.heads,)
+        tensors["alibi_slopes"] = (source.normal(*shape).abs() * 0.2).to(_accumulation(dtype))
+    if case.sink:
+        tensors["sink"] = source.normal(case.heads).to(_accumulation(dtype))
+    if case.dropout_p > 0:
+        options["dropout_p"] = case.dropout_p
+        state = torch.randint(-(2**62), 2**62, (1,), generator=source.generator)
+        tensors["rng_state"] = torch.cat([state, torch.tensor([4])])
+    _mask_options(case, options)
+    options["scale"] = case.head_dim**-0.5 if case.scale is None else case.scale
+    if case.softcap:
+        options["softcap"] = case.softcap
+    tensors = {name: t.to(device) for name, t in tensors.items()}
+    dlse = source.normal(*lse_shape).to(device, _accumulation(dtype))
+    return Inputs(case, dtype, tensors, options, dout, dlse)
+
+
+def _mask_options(case, options):
+    left, right = case.window
+    if case.causal is not None:
+        right = 0
+    if left is not None:
+        options["window_left"] = left
+    if right is not None:
+        options["window_right"] = right
+    if case.causal == "bottom_right":
+        options["bottom_right"] = True
+    if case.prefix:
+        options["prefix"] = case.prefix
+
+
+def random_case(seed):
+    """A case drawn from all features: for long runs. Equal seeds give equal cases."""
+    draw = random.Random(seed)
+
+    def maybe(probability, value, otherwise=None):
+        return value if draw.random() < probability else otherwise
+
+    def length():
+        return draw.choice((1, 2, 7, 16, 31, 33, 63, 64, 65, 100, 128, 129, 200))
+
+    heads_k = draw.choice((1, 2, 3))
+    packed = draw.random() < 0.3
+    members = draw.randint(1, 3)
+    pairs = None if packed else "".join(letter for letter in "bhqk" if draw.random() < 0.5)
+    dim = draw.choice((1, 8, 15, 32, 33, 64, 80, 128, 144, 256))
+    return Case(
+        name=f"random_{seed}",
+        batch=draw.randint(1, 3),
+        heads=heads_k * draw.choice((1, 1, 2, 4)),
+        heads_k=heads_k,
+        seqlen_q=length(),
+        seqlen_k=length(),
+        head_dim=dim,
+        head_dim_v=maybe(0.2, draw.choice((1, 16, 72, 128)), dim),
+        causal=draw.choice((None, "top_left", "bottom_right")),
+        window=(maybe(0.3, draw.randint(0, 80)), maybe(0.2, draw.randint(0, 80))),
+        prefix=maybe(0.2, draw.randint(0, 150), 0),
+        scale=maybe(0.1, draw.uniform(-0.3, 0.5)),
+        softcap=maybe(0.2, draw.uniform(0.5, 30), 0.0),
+        bias=maybe(0.3, pairs),
+        mask=maybe(0.3, pairs),
+        mask_values=draw.choice(("random", "empty_rows")),
+        alibi=maybe(0.2, draw.choice(("h", "bh"))),
+        sink=draw.random() < 0.2,
+        dropout_p=maybe(0.2, draw.random(), 0.0),
+        lengths_q=tuple(length() for _ in range(members)) if packed else None,
+        lengths_k=tuple(length() for _ in range(members)) if packed else None,
+        unowned=maybe(0.3, 13, 0),
+        layout=draw.choice(("bhld", "bhld", "blhd", "lbhd", "sliced", "expanded")),
+    )

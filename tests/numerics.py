@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The tolerance of every comparison, once (docs: numerical promises).
+
+`ref` is the formula in float64 on the exactly upcast inputs; `eager` the same formula step by step
+in the tested dtype. A result passes when its error is at most twice that of `eager`, plus one
+rounding of the largest value, in the maximum and in the root of the mean square. Two corrections:
+
+- On few rows `eager` can be lucky, down to an error of 0. There each score may be off by its last
+  two bits, (1 + max|s|) 2^-22, times the natural size of the result.
+- float64 has no better reference than itself, so the same allowance, 2^-51 instead of 2^-22, holds
+  for it everywhere.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+
+import torch
+from cases import SEED, Inputs, make_inputs
+
+from flash_attn import reference
+
+UNIT = {
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+    torch.float32: 2.0**-24,
+    torch.float64: 2.0**-53,
+}
+FEW_ROWS = 512
+
+
+@dataclasses.dataclass
+class Result:
+    out: torch.Tensor
+    lse: torch.Tensor
+    grads: dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass
+class Truth:
+    """What a case should give, and how far it may be missed."""
+
+    inputs: Inputs
+    ref: Result
+    eager: Result
+    lse_eager: torch.Tensor  # float32 formula on the upcast inputs
+    max_score: float
+    size: dict[str, float]  # natural size of each result, for the allowance
+
+
+def run(operator, inputs, needs=None, grads=True, **more):
+    """Calls `operator` on `inputs`; gradients of both outputs for `needs` (default: all)."""
+    needs = inputs.differentiable() if needs is None else needs
+    leaves = {name: inputs.tensors[name].detach().requires_grad_() for name in needs if grads}
+    inputs = dataclasses.replace(inputs, tensors=inputs.tensors | leaves)
+    out, lse = inputs.call(operator, **more)
+    if not leaves:
+        return Result(out.detach(), lse.detach(), {})
+    got = torch.autograd.grad(
+        (out, lse), tuple(leaves.values()), (inputs.dout, inputs.dlse), allow_unused=True
+    )
+    filled = (torch.zeros_like(t) if g is None else g for g, t in zip(got, leaves.values()))
+    return Result(out.detach(), lse.detach(), dict(zip(leaves, filled)))
+
+
+@functools.cache
+def truth(case, dtype_name, device):
+    inputs = make_inputs(case, dtype_name, device)
+    exact = inputs.upcast(torch.float64)
+    in_float32 = inputs.upcast(torch.promote_types(inputs.dtype, torch.float32))
+    sizes, max_score = natural_sizes(exact)
+    return Truth(
+        inputs,
+        ref=run(reference.attention, exact),
+        eager=run(reference.attention, inputs),
+        lse_eager=run(reference.attention, in_float32, grads=False).lse,
+        max_score=max_score,
+        size=sizes,
+    )
+
+
+def _largest(t):
+    t = t[t.isfinite()]
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def natural_sizes(inputs):
+    """Of each result, the size of the terms it is a sum of; and the largest |score|."""
+    t, options = inputs.tensors, inputs.options
+    q, k, v, dout = (x.nan_to_num(0) for x in (t["q"], t["k"], t["v"], inputs.dout))
+    if "cu_seqlens_q" in t:
+        q, k, v, dout = (x.transpose(0, 1) for x in (q, k, v, dout))
+    repeats = q.shape[-3] // max(k.shape[-3], 1)
+    k, v = (x.repeat_interleave(repeats, -3) for x in (k, v))
+    score = abs(options["scale"]) * _largest(q @ k.mT)
+    score = min(score, options.get("softcap") or math.inf)
+    distance = max(q.shape[-2], k.shape[-2])
+    if "bias" in t:
+        score += _largest(t["bias"]) if _largest(t["bias"]) < 1e30 else 0
+    if "alibi_slopes" in t:
+        score += _largest(t["alibi_slopes"]) * distance
+    dp = _largest(dout @ v.mT) + _largest(inputs.dlse)
+    if 0 < options.get("dropout_p", 0) < 1:
+        dp /= 1 - options["dropout_p"]
+    ds = dp * abs(options["scale"])
+    size = {"out": _largest(v), "v": _largest(dout), "q": ds * _largest(k), "k": ds * _largest(q)}
+    size |= {"bias": dp, "sink": dp, "alibi_slopes": dp * distance, "lse": 1.0}
+    return size, score
+
+
+def reproduce():
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").removesuffix(" (call)")
+    return f"FLASH_ATTN_TEST_SEED={SEED} python -m pytest '{test}'"
+
+
+def _fail(what, text):
+    raise AssertionError(f"{what}: {text}\n  reproduce: {reproduce()}")
+
+
+def check(what, ours, ref, eager, unit, allowance):
+    """One tensor against the rule. Places that are not finite must be equal in kind."""
+    if ours.shape != ref.shape:
+        _fail(what, f"shape {tuple(ours.shape)}, expected {tuple(ref.shape)}")
+    ours, eager = ours.double(), eager.double()
+    overflows = ref.isfinite() & ~ours.isfinite() & (ours == eager)  # a cast to float16 beyond it
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        wrong = (kind(ours) != kind(ref)) & ~overflows
+        if wrong.any():
+            place = tuple(wrong.nonzero()[0].tolist())
+            _fail(what, f"{ours[place].item()} at {place}, expected {ref[place].item()}"
+                        f" ({int(wrong.sum())} such places)")  # fmt: skip
+    finite = ref.isfinite() & ours.isfinite()
+    if not finite.any():
+        return
+    ours, ref, eager = ours[finite], ref[finite], eager[finite].nan_to_num(0, 0, 0)
+
+    def largest(x):
+        return x.abs().max().item()
+
+    def root_mean_square(x):
+        scale = largest(x)
+        return scale * (x / scale).square().mean().sqrt().item() if scale else 0.0
+
+    for norm in (largest, root_mean_square):
+        error, eager_error = norm(ours - ref), norm(eager - ref)
+        bound = 2 * eager_error + unit * norm(ref) + allowance
+        if not error <= bound:
+            name = norm.__name__.replace("_", " ")
+            _fail(what, f"{name} error {error:.3e} > {bound:.3e} = 2 * {eager_error:.3e} (eager)"
+                        f" + {unit:.1e} * {norm(ref):.3e} + {allowance:.1e}")  # fmt: skip
+
+
+def _allowance(true, name, tensor):
+    inputs = true.inputs
+    spacing = torch.finfo(inputs.dtype).smallest_normal * torch.finfo(inputs.dtype).eps
+    rows = tensor.numel() // max(tensor.shape[-1], 1) if tensor.dim() else 1
+    if inputs.dtype != torch.float64 and rows > FEW_ROWS:
+        return 2 * spacing
+    last_bits = 2.0**-51 if inputs.dtype == torch.float64 else 2.0**-22
+    return 2 * spacing + (1 + true.max_score) * last_bits * true.size[name]
+
+
+def check_forward(true, ours):
+    name = f"case {true.inputs.case.name} {true.inputs.dtype}"
+    unit = UNIT[true.inputs.dtype]
+    allowance = _allowance(true, "out", true.ref.out)
+    check(f"{name} out", ours.out, true.ref.out, true.eager.out, unit, allowance)
+    check_lse(f"{name} lse", ours.lse, true)
+
+
+def check_lse(what, lse, true):
+    unit = UNIT[lse.dtype]
+    check(what, lse, true.ref.lse, true.lse_eager, unit, 4 * unit * max(1.0, true.max_score))
+
+
+def check_grads(true, ours):
+    unit = UNIT[true.inputs.dtype]
+    for name, grad in ours.grads.items():
+        leaf = true.inputs.tensors[name]
+        what = f"case {true.inputs.case.name} {true.inputs.dtype} d{name}"
+        if grad.dtype != leaf.dtype:
+            _fail(what, f"dtype {grad.dtype}, expected {leaf.dtype}")
+        ref, eager = true.ref.grads[name], true.eager.grads[name]
+        check(what, grad, ref, eager, unit, _allowance(true, name, ref))
+
+
+def equal_bits(a, b):
+    """Equality that tells -0 from 0 and takes NaN for equal."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
