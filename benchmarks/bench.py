@@ -20,7 +20,7 @@ import torch
 
 from . import machine, timing
 from .cases import SUITES, Case
-from .rivals import TORCH_DTYPES, Rival, _eager, default_rivals, make_inputs, make_rival
+from .rivals import TORCH_DTYPES, Rival, default_rivals, eager, make_inputs, make_rival
 
 SCHEMA = 1
 
@@ -66,7 +66,7 @@ def largest_error(case: Case, rival: Rival, device: torch.device) -> float | Non
             out = rival.run(forward, inputs)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return None
-    return (out.double() - _eager(forward, exact)).abs().max().item()
+    return (out.double() - eager(forward, exact)).abs().max().item()
 
 
 def print_row(case: Case, rivals: dict[str, dict[str, Any]], scale: float, unit: str) -> None:
@@ -133,8 +133,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         write(report, arguments.output)
     for dtype, rates in report["matmul_flops"].items():
         rates["after"] = machine.matmul_rate(device, TORCH_DTYPES[dtype])
-        shown = f"{rates['before'] * 1e-12 * scale:.1f} before, {rates['after'] * 1e-12 * scale:.1f}"
-        print(f"matrix product {dtype}: {shown} after, {unit}")
+        before, after = (rates[when] * 1e-12 * scale for when in ("before", "after"))
+        print(f"matrix product {dtype}: {before:.1f} before, {after:.1f} after, {unit}")
     for name in report["not_run"]:
         print(f"not run, out of time: {name}")
     report["wall_s"] = round(time.perf_counter() - begin, 1)

@@ -119,9 +119,7 @@ def cpu() -> Iterator[Case]:
         shapes,
     ):
         yield self_attention(direction, dtype, shape, seqlen, dim, causal=causal)
-    for dtype, dim, keys in itertools.product(
-        ("fp32", "bf16"), (64, 128), (1024, 4096, 16384)
-    ):
+    for dtype, dim, keys in itertools.product(("fp32", "bf16"), (64, 128), (1024, 4096, 16384)):
         yield Case("forward", dtype, 1, 32, 8, 1, keys, dim, dim)
 
 
@@ -145,8 +143,9 @@ def cpu_fallback() -> Iterator[Case]:
             yield self_attention(direction, dtype, shape, seqlen, 64, mask="bias")
 
 
-def _hidden_2048(dtypes: tuple[str, ...], dims: tuple[int, ...], lengths: tuple[int, ...],
-                 tokens: int) -> Iterator[Case]:
+def _hidden_2048(
+    dtypes: tuple[str, ...], dims: tuple[int, ...], lengths: tuple[int, ...], tokens: int
+) -> Iterator[Case]:
     for dtype, direction, dim, causal, seqlen in itertools.product(
         dtypes, ("forward", "backward"), dims, (False, True), lengths
     ):
@@ -157,9 +156,7 @@ def _hidden_2048(dtypes: tuple[str, ...], dims: tuple[int, ...], lengths: tuple[
 
 def cuda() -> Iterator[Case]:
     """bf16, 16k tokens in all, hidden size 2048: the shape that attention papers report."""
-    yield from _hidden_2048(
-        ("bf16",), (64, 128, 256), (512, 1024, 2048, 4096, 8192, 16384), 16384
-    )
+    yield from _hidden_2048(("bf16",), (64, 128, 256), (512, 1024, 2048, 4096, 8192, 16384), 16384)
 
 
 def cuda_fp32() -> Iterator[Case]:

@@ -85,7 +85,7 @@ def _torch_sdpa(case: Case, x: Inputs) -> Tensor:
     )
 
 
-def _eager(case: Case, x: Inputs) -> Tensor:
+def eager(case: Case, x: Inputs) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, one torch operator a step."""
     k, v = x.k, x.v
     if case.heads != case.heads_k:
@@ -161,7 +161,7 @@ def make_rival(name: str) -> Rival:
     if name == "torch":
         return Rival(name, _torch_sdpa)
     if name == "eager":
-        return Rival(name, _eager, quadratic=True)
+        return Rival(name, eager, quadratic=True)
     if name in _TORCH_BACKENDS:
         backend = _TORCH_BACKENDS[name]
         return Rival(

@@ -77,7 +77,7 @@ def _draw_losses(losses: dict[str, list[float]], where: str, path: Path) -> Path
     )
     widths = {"torch.softmax": 7.0, "torch SDPA": 4.2, "flash_attn": 1.8}
     count = len(next(iter(losses.values())))
-    window = max(1, count // 50)
+    window = max(1, count // 25)
     for name, values in losses.items():
         upper.plot(_smooth(values, window), color=COLORS[name], lw=widths[name], label=name)
     upper.set_title(f"Loss: three attentions, one curve   ({where})", fontsize=12)
@@ -103,6 +103,7 @@ def _draw_scaling(
 ) -> Path:
     figure, axes = plt.subplots(layout="constrained")
     lengths = sorted({row["length"] for row in rows})
+    last: dict[str, float] = {}
     for name, color in COLORS.items():
         points = [
             (row["length"], row[key] * scale)
@@ -112,20 +113,58 @@ def _draw_scaling(
         if not points:
             continue
         x, y = zip(*points, strict=True)
-        axes.plot(x, y, color=color, marker="o", ms=6, label=name)
-        if x[-1] < lengths[-1]:
+        wide = name == "torch SDPA"  # ours is drawn over it and often hides it
+        axes.plot(
+            x,
+            y,
+            color=color,
+            marker="o",
+            ms=10 if wide else 6,
+            lw=5 if wide else 2.2,
+            alpha=0.6 if wide else 1.0,
+            label=name,
+        )
+        if x[-1] == lengths[-1]:
+            last[name] = y[-1]
+        else:
             axes.annotate(
-                "no room beyond", (x[-1], y[-1]), xytext=(8, -4), textcoords="offset points",
-                color=color, fontsize=9,
+                "no room beyond",
+                (x[-1], y[-1]),
+                xytext=(8, -4),
+                textcoords="offset points",
+                color=color,
+                fontsize=9,
             )
     axes.set_title(f"{title}\n", pad=2)
     axes.text(0, 1.02, where, transform=axes.transAxes, color="#5b616b", fontsize=10)
     _log_axes(axes, lengths)
+    if {"torch.softmax", "flash_attn"} <= last.keys():
+        _mark_factor(axes, lengths[-1], last["torch.softmax"], last["flash_attn"])
     axes.set_xlabel("sequence length")
     axes.legend()
     figure.savefig(path)
     plt.close(figure)
     return path
+
+
+def _mark_factor(axes: Axes, x: float, softmax: float, ours: float) -> None:
+    """An arrow from the softmax formula to ours, with the factor between them."""
+    axes.annotate(
+        "",
+        (x, ours),
+        (x, softmax),
+        arrowprops={"arrowstyle": "-|>", "color": "#5b616b", "shrinkA": 8, "shrinkB": 8},
+    )
+    factor = max(softmax, ours) / min(softmax, ours)
+    axes.annotate(
+        f"{factor:.1f}x",
+        (x, (softmax * ours) ** 0.5),
+        xytext=(-8, 0),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        weight="bold",
+    )
 
 
 def _log_axes(axes: Axes, lengths: list[int]) -> None:

@@ -42,9 +42,7 @@ class Progress:
         every = max(1, self.total // 20)
         if self.done % every == 0 or self.done in (1, self.total):
             seconds = time.perf_counter() - self._begin
-            print(
-                f"{self.title} {self.done:4d}/{self.total} {seconds:6.1f} s  {note}", flush=True
-            )
+            print(f"{self.title} {self.done:4d}/{self.total} {seconds:6.1f} s  {note}", flush=True)
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:

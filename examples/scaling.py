@@ -66,7 +66,9 @@ def _print(rows: list[dict[str, Any]], lengths: list[int]) -> None:
             table.append(line)
         return table
 
-    print_table("Tokens per second of a training step, by sequence length", cells("tokens_per_s", 1))
+    print_table(
+        "Tokens per second of a training step, by sequence length", cells("tokens_per_s", 1)
+    )
     print_table("Peak memory in MiB, by sequence length", cells("peak_bytes", 2**-20))
 
 

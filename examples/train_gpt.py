@@ -191,7 +191,9 @@ def report_parity(run: Run, text: Text, device: torch.device) -> list[dict[str, 
         found = results(name, layer[0].dtype)
         errors = [(a.double() - b).abs().max().item() for a, b in zip(found, exact, strict=True)]
         labels = ("out", "dq", "dk", "dv")
-        rows.append({"attention": name} | {k: f"{e:.1e}" for k, e in zip(labels, errors)})
+        rows.append(
+            {"attention": name} | {k: f"{e:.1e}" for k, e in zip(labels, errors, strict=True)}
+        )
     shape = "x".join(str(n) for n in layer[0].shape)
     dtype_name = str(layer[0].dtype).removeprefix("torch.")
     print_table(f"Largest error against the fp64 formula, last layer, {dtype_name} {shape}", rows)
@@ -203,7 +205,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import flash_attn
     except ImportError as error:
-        raise SystemExit(f"flash_attn is not installed here ({error}); `make demo` builds it")
+        message = f"flash_attn is not installed here ({error}); `make demo` builds it"
+        raise SystemExit(message) from error
     device = torch.device(arguments.device)
     begin = time.perf_counter()
     text = Text()

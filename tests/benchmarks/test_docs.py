@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the documents say about numbers and files is so."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "csrc/README.md")
+] + sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
+        if not target.startswith("https://"):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_tree_of_readme_exists() -> None:
+    text = (ROOT / "README.md").read_text()
+    block = text[text.index("## The tree") :].split("```")[1]
+    folder = ROOT
+    names = 0
+    for line in block.strip("\n").splitlines():
+        inner = re.match(r"  (\S+/)", line)
+        if inner:
+            assert (folder / inner.group(1)).is_dir(), line
+        else:
+            for name in re.findall(r"^\S+|(?<=  )\S+$|(?<=  )Makefile", line):
+                assert (ROOT / name).exists(), name
+            folder = ROOT / line.split()[0]
+        names += 1
+    assert names >= 10
+
+
+def test_counted_bytes_of_the_memory_page() -> None:
+    spec = importlib.util.spec_from_file_location(
+        "memory_traffic", ROOT / "docs" / "figures" / "memory_traffic.py"
+    )
+    traffic = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = traffic
+    spec.loader.exec_module(traffic)
+    p = traffic.Problem()
+    text = (ROOT / "docs" / "memory_hierarchy.md").read_text()
+    rows = {
+        "standard, three kernels": traffic.standard_bytes,
+        "fused, no cache at all, blocks of 128 queries": traffic.fused_bytes_uncached,
+        "fused, K and V of a head cached": traffic.fused_bytes,
+    }
+    for label, count in rows.items():
+        moved = traffic.total(count(p))
+        milliseconds = 1e3 * moved / traffic.HBM_BYTES_PER_S
+        gib = f"{moved / 2**30 + 1e-9:.2f}"
+        line = f"| {label} | {gib} GiB | {milliseconds:.2f} ms | {p.flops / moved:.0f} |"
+        assert line in text
+    n, d = p.seqlen, p.head_dim
+    assert traffic.total(traffic.standard_bytes(p)) == 16 * 2 * (4 * n * d + 4 * n * n)
+    assert traffic.total(traffic.fused_bytes(p)) == 16 * 2 * 4 * n * d
+    assert f"{p.flops / 1e12:.2f} TFLOP, {1e3 * p.flops / traffic.TENSOR_FLOPS:.2f} ms" in text
