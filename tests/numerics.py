@@ -17,7 +17,8 @@ import math
 import os
 
 import torch
-from cases import SEED, Inputs, make_inputs
+from cases import SEED
+from inputs import Inputs, make_inputs
 
 from flash_attn import reference
 
@@ -60,8 +61,10 @@ def run(operator, inputs, needs=None, grads=True, **more):
     got = torch.autograd.grad(
         (out, lse), tuple(leaves.values()), (inputs.dout, inputs.dlse), allow_unused=True
     )
-    filled = (torch.zeros_like(t) if g is None else g for g, t in zip(got, leaves.values()))
-    return Result(out.detach(), lse.detach(), dict(zip(leaves, filled)))
+    filled = (
+        torch.zeros_like(t) if g is None else g for g, t in zip(got, leaves.values(), strict=True)
+    )
+    return Result(out.detach(), lse.detach(), dict(zip(leaves, filled, strict=True)))
 
 
 @functools.cache

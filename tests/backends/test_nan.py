@@ -179,12 +179,16 @@ def test_infinite_scores(backend, poisoned, make):
 
 def test_overflow_is_that_of_a_cast(backend, poisoned):
     """float16 results beyond 65504 are infinite, not NaN; lse is finite."""
-    shape = (1, 1, 64, 64)
-    make = lambda value: torch.full(shape, value, dtype=torch.float16, device=backend.device)  # noqa: E731
-    out, lse, dq, _, dv = forward_backward(backend, poisoned, make(0.0), make(0.0), make(1.0),
-                                           make(60000.0), window_left=0, window_right=0)  # fmt: skip
+
+    def make(value, rows=64):
+        return torch.full((1, 1, rows, DIM), value, dtype=torch.float16, device=backend.device)
+
+    same_key = [make(0.0), make(0.0), make(1.0), make(60000.0)]
+    out, lse, dq, _, dv = forward_backward(
+        backend, poisoned, *same_key, window_left=0, window_right=0
+    )
     assert (out == 1).all() and (lse == 0).all() and (dv == 60000).all() and (dq == 0).all()
-    one_key = [make(0.0), make(0.0)[:, :, :1], make(1.0)[:, :, :1], make(60000.0)]
+    one_key = [make(0.0), make(0.0, 1), make(1.0, 1), make(60000.0)]
     out, lse, _, _, dv = forward_backward(backend, poisoned, *one_key)
     assert (out == 1).all() and lse.isfinite().all() and (dv == INF).all()
 

@@ -98,7 +98,8 @@ def test_unowned_rows(backend, poisoned, dtype):
     used = torch.tensor([10, 0, 100, 1, 9], dtype=torch.int32, device=backend.device)
     starts = arguments["cu_seqlens_q"][:-1].tolist()
     owned = torch.zeros(q.shape[0], dtype=torch.bool)
-    for start, count, end in zip(starts, used.tolist(), arguments["cu_seqlens_q"][1:].tolist()):
+    stops = arguments["cu_seqlens_q"][1:].tolist()
+    for start, count, end in zip(starts, used.tolist(), stops, strict=True):
         owned[start : min(start + count, end)] = True
     with backend.use(), poisoned():
         out, lse, dq, dk, dv = call(q, k, v, dout, seqused_q=used, **arguments)
