@@ -74,11 +74,11 @@ def attention(
         out (B, Hq, Lq, Ev) or (Tq, Hq, Ev), dtype of q; lse (B, Hq, Lq) or (Hq, Tq), float32, or
         float64 for float64 inputs. Rows outside every sequence: 0 and -inf.
     """
-    options: dict[str, Any] = dict(
-        sink=sink, rng_state=rng_state, dropout_p=dropout_p, bottom_right=bottom_right,
-        window_left=window_left, window_right=window_right, prefix=prefix, scale=scale,
-        softcap=softcap,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "sink": sink, "rng_state": rng_state, "dropout_p": dropout_p,
+        "bottom_right": bottom_right, "window_left": window_left, "window_right": window_right,
+        "prefix": prefix, "scale": scale, "softcap": softcap,
+    }  # fmt: skip
     packed = cu_seqlens_q is not None
     if not packed and seqused_q is None and seqused_k is None:
         return _dense(q, k, v, bias, mask, alibi_slopes, **options)

@@ -1,0 +1,525 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The raw ops under torch.func: vmap, grad, vjp, jacrev and their compositions.
+
+C++ autograd Functions refuse functorch transforms, so `attention` and `attention_weights` call the
+C++ op where no transform is active and a Python `torch.autograd.Function` over the raw forward and
+backward ops where one is. The backward is a Function of its own, since jacrev and vmap(grad(f)) map
+over it.
+
+vmap folds the mapped dimension into one that the op already has, so N samples cost one call: into
+the batch of dense tensors (a view, where the mapped dimension leads), or, for packed tensors and
+where there are sinks, which have no batch dimension, into the heads. What cannot be folded
+(mapped sequence bounds, a dropout mask shared by all samples) runs sample by sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _ops as _ops  # loads the extension, which registers torch.ops.flash_attn
+
+__all__ = ["attention", "attention_weights", "draw_rng_state"]
+
+NO_FORWARD_AD = (
+    "flash_attn: forward-mode AD (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad) is "
+    "not implemented for attention yet; use reverse mode (torch.func.vjp, jacrev), or the softmax "
+    "formula in torch operations"
+)
+NO_DOUBLE_BACKWARD = "derivative for flash_attn::_bwd is not implemented"
+NO_RANDOMNESS = (
+    "vmap: called random operation while in randomness error mode. Please either use the 'same' "
+    "or 'different' randomness flags on vmap or perform the randomness operation out of vmap"
+)
+
+
+class Tensors(NamedTuple):
+    """The tensor arguments of the forward op, in its order."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sink: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqused_q: Tensor | None = None
+    seqused_k: Tensor | None = None
+    rng_state: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a Function needs besides tensors. `drawn`: rng_state was drawn for this very call, so
+    vmap's randomness="different" is free to give every sample a mask of its own."""
+
+    scalars: tuple[Any, ...]
+    dropout_p: float
+    drawn: bool
+    deterministic: bool = False
+    average: bool = False
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    rng_state_drawn: bool = False,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    bottom_right: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    prefix: int = 0,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`torch.ops.flash_attn.attention`, under transforms or not; returns (out, lse).
+
+    `rng_state_drawn` says that rng_state comes from `draw_rng_state` for this call alone.
+    """
+    tensors = (
+        q, k, v, bias, mask, alibi_slopes, sink, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+        rng_state,
+    )  # fmt: skip
+    scalars = (
+        max_seqlen_q, max_seqlen_k, bottom_right, window_left, window_right, prefix, scale,
+        softcap, dropout_p,
+    )  # fmt: skip
+    if not transforming():
+        out, lse = torch.ops.flash_attn.attention(*tensors, *scalars, deterministic)
+        return out, lse
+    call = _Call(scalars, dropout_p, rng_state_drawn, deterministic)
+    out, lse = _apply(_Attention, *autocast(*tensors[:4]), *tensors[4:], call)
+    return out, lse
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    rng_state_drawn: bool = False,
+    bottom_right: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    prefix: int = 0,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    average: bool = True,
+) -> Tensor:
+    """`torch.ops.flash_attn.attention_weights`, under transforms or not."""
+    tensors = (q, k, lse, bias, mask, alibi_slopes, rng_state)
+    scalars = (bottom_right, window_left, window_right, prefix, scale, softcap, dropout_p)
+    if not transforming():
+        weights: Tensor = torch.ops.flash_attn.attention_weights(*tensors, *scalars, average)
+        return weights
+    call = _Call(scalars, dropout_p, rng_state_drawn, average=average)
+    q, k, bias = autocast(q, k, bias)
+    weights = _apply(_Weights, q, k, lse, bias, mask, alibi_slopes, rng_state, call)
+    return weights
+
+
+def draw_rng_state(increment: int, *like: Tensor | None) -> Tensor:
+    """A fresh dropout state, int64 (seed, offset), for a call on the tensors `like`.
+
+    Args:
+        increment: by how many streams, batch * query heads, the generator advances.
+        like: all tensors of the call; the first says where the generator lives, and whether any
+            of them is mapped says whether vmap's randomness flag applies.
+    """
+    state: Tensor
+    if transforming():
+        state = _apply(_DrawRngState, increment, *like)
+    else:
+        state = torch.ops.flash_attn.rng_state(like[0], increment)
+    return state
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform or a level of forward-mode AD is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_given(x: Tensor | None) -> bool:
+    """Whether `_as_4d` returned this tensor: what is absent comes as None or without dimensions."""
+    return x is not None and x.dim() == 4
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply`; the variant with a jvp only under forward-mode AD, since torch.compile
+    takes no Function that has one."""
+    if forward_ad._current_level >= 0:
+        function = _WITH_JVP[function]
+    apply: Callable[..., Any] = function.apply
+    return apply(*args)
+
+
+def autocast(*tensors: Any) -> Any:
+    """What the Autocast keys of the ops do: the floating-point tensors in autocast's dtype,
+    float64 as it is. The first is never None."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    eligible = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(t.to(dtype) if t is not None and t.dtype in eligible else t for t in tensors)
+
+
+class _Attention(torch.autograd.Function):
+    """(*Tensors, call) -> (out, lse)."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        *tensors, call = args
+        return torch.ops.flash_attn._fwd(*tensors, *call.scalars)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.call = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if all(g is None for g in grads):
+            return (None,) * (len(Tensors._fields) + 1)
+        positions = (0, 1, 2, 3, 5, 6)  # q, k, v, bias, alibi_slopes, sink
+        needs = tuple(bool(ctx.needs_input_grad[i]) for i in positions)
+        found = _apply(_AttentionBackward, *grads, *ctx.saved_tensors, ctx.call, needs)
+        result: list[Tensor | None] = [None] * (len(Tensors._fields) + 1)
+        for i, gradient, needed in zip(positions, found, needs, strict=True):
+            result[i] = gradient if needed else None
+        return tuple(result)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        *tensors, call = args
+        given, dims = Tensors(*tensors), Tensors(*in_dims[:-1])
+        fold = _Fold.of(info, given, dims, call, drawn_inside=True)
+        if fold is None:
+            return _each_sample(_Attention, info.batch_size, in_dims, args)
+        out, lse = _apply(_Attention, *fold.tensors(given, dims), call)
+        outputs = fold.unfold(out, fold.axis("q")), fold.unfold(lse, fold.axis("lse"))
+        return outputs, (fold.axis("q"), fold.axis("lse"))
+
+
+class _AttentionBackward(torch.autograd.Function):
+    """(dout, dlse, *Tensors, out, lse, call, needs) -> (dq, dk, dv, dbias, dslopes, dsink)."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        dout, dlse, *tensors, out, lse, call, needs = args
+        return torch.ops.flash_attn._bwd(
+            dout, dlse, *tensors, *call.scalars, out, lse, call.deterministic, needs
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(NO_DOUBLE_BACKWARD)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        dout, dlse, *tensors, out, lse, call, needs = args
+        dout_dim, dlse_dim, *tensor_dims, out_dim, lse_dim, _, _ = in_dims
+        given, dims = Tensors(*tensors), Tensors(*tensor_dims)
+        # Where out is not mapped, the forward ran outside of this vmap: one mask for all samples.
+        fold = _Fold.of(info, given, dims, call, drawn_inside=out_dim is not None)
+        if fold is None:
+            outputs, _ = _each_sample(_AttentionBackward, info.batch_size, in_dims, args)
+            return outputs, tuple(0 if needed else None for needed in needs)
+        results = _apply(
+            _AttentionBackward,
+            fold.fold("q", dout, dout_dim),
+            fold.fold("lse", dlse, dlse_dim),
+            *fold.tensors(given, dims, dbias=needs[3], dslopes=needs[4], dsink=needs[5]),
+            fold.fold("q", out, out_dim),
+            fold.fold("lse", lse, lse_dim),
+            call,
+            needs,
+        )
+        names = ("q", "k", "v", "bias", "alibi_slopes", "sink")
+        pairs = [
+            fold.gradient(name, gradient, getattr(given, name), getattr(dims, name))
+            if needed
+            else (gradient, None)
+            for name, gradient, needed in zip(names, results, needs, strict=True)
+        ]
+        return tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+
+
+class _Weights(torch.autograd.Function):
+    """(q, k, lse, bias, mask, alibi_slopes, rng_state, call) -> weights."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        *tensors, call = args
+        return torch.ops.flash_attn.attention_weights(*tensors, *call.scalars, call.average)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.call = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        dq, dk, dlse, dbias = _apply(_WeightsBackward, *grads, *ctx.saved_tensors, ctx.call)
+        return dq, dk, dlse, dbias if ctx.needs_input_grad[3] else None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        q, k, lse, bias, mask, alibi_slopes, rng_state, call = args
+        given = Tensors(q, k, k, bias, mask, alibi_slopes, rng_state=rng_state)
+        dims = Tensors(in_dims[0], in_dims[1], in_dims[1], *in_dims[3:6], rng_state=in_dims[6])
+        fold = _Fold.of(info, given, dims, call, drawn_inside=True)
+        if fold is None:
+            return _each_sample(_Weights, info.batch_size, in_dims, args)
+        t = Tensors(*fold.tensors(given, dims))
+        lse = fold.fold("lse", lse, in_dims[2])
+        weights = _apply(
+            _Weights, t.q, t.k, lse, t.bias, t.mask, t.alibi_slopes, rng_state, call
+        )  # fmt: skip
+        return fold.unfold(weights, 0), 0
+
+
+class _WeightsBackward(torch.autograd.Function):
+    """(dweights, q, k, lse, bias, mask, alibi_slopes, rng_state, call) -> (dq, dk, dlse, dbias)."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        *tensors, call = args
+        return torch.ops.flash_attn._attention_weights_bwd(*tensors, *call.scalars, call.average)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("derivative for flash_attn::_attention_weights_bwd is not implemented")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        dweights, q, k, lse, bias, mask, alibi_slopes, rng_state, call = args
+        given = Tensors(q, k, k, bias, mask, alibi_slopes, rng_state=rng_state)
+        dims = Tensors(in_dims[1], in_dims[2], in_dims[2], *in_dims[4:7], rng_state=in_dims[7])
+        fold = _Fold.of(info, given, dims, call, drawn_inside=in_dims[3] is not None)
+        if fold is None:
+            outputs, _ = _each_sample(_WeightsBackward, info.batch_size, in_dims, args)
+            return outputs, (0, 0, 0, None if bias is None else 0)
+        t = Tensors(*fold.tensors(given, dims, dbias=True))
+        dq, dk, dlse, dbias = _apply(
+            _WeightsBackward, fold.fold("q", dweights, in_dims[0]), t.q, t.k,
+            fold.fold("lse", lse, in_dims[3]), t.bias, t.mask, t.alibi_slopes, rng_state, call,
+        )  # fmt: skip
+        dbias_dim = None
+        if bias is not None:
+            dbias, dbias_dim = fold.gradient("bias", dbias, bias, dims.bias)
+        return (*(fold.unfold(x, 0) for x in (dq, dk, dlse)), dbias), (0, 0, 0, dbias_dim)
+
+
+class _DrawRngState(torch.autograd.Function):
+    """(increment, *like) -> rng_state, one for all samples of a vmap."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        increment, *like = args
+        return torch.ops.flash_attn.rng_state(like[0], increment)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.num_inputs = len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (None,) * ctx.num_inputs
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        increment, *like = args
+        if info.randomness == "error":
+            raise RuntimeError(NO_RANDOMNESS)
+        if info.randomness == "different":
+            increment *= info.batch_size
+        return _apply(_DrawRngState, increment, *like), None
+
+
+class _NoJvp:
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(NO_FORWARD_AD)
+
+
+class _AttentionWithJvp(_NoJvp, _Attention):
+    pass
+
+
+class _AttentionBackwardWithJvp(_NoJvp, _AttentionBackward):
+    pass
+
+
+class _WeightsWithJvp(_NoJvp, _Weights):
+    pass
+
+
+class _WeightsBackwardWithJvp(_NoJvp, _WeightsBackward):
+    pass
+
+
+class _DrawRngStateWithJvp(_DrawRngState):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return None
+
+
+_WITH_JVP: dict[type[torch.autograd.Function], type[torch.autograd.Function]] = {
+    _Attention: _AttentionWithJvp,
+    _AttentionBackward: _AttentionBackwardWithJvp,
+    _Weights: _WeightsWithJvp,
+    _WeightsBackward: _WeightsBackwardWithJvp,
+    _DrawRngState: _DrawRngStateWithJvp,
+}
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """N samples as one call: the mapped dimension goes in front of the batch or the heads, and
+    the two become one."""
+
+    samples: int
+    by_heads: bool
+    packed: bool
+    full: int  # size of the dimension folded into: batch, or query heads
+
+    @staticmethod
+    def of(
+        info: Any, tensors: Tensors, dims: Tensors, call: _Call, *, drawn_inside: bool
+    ) -> _Fold | None:
+        """None where only sample after sample gives the right answer."""
+        packed = tensors.cu_seqlens_q is not None
+        by_heads = packed or tensors.sink is not None
+        if dims.cu_seqlens_q is not None or dims.cu_seqlens_k is not None:
+            return None
+        if by_heads and (dims.seqused_q is not None or dims.seqused_k is not None):
+            return None
+        own_mask = call.drawn and drawn_inside and info.randomness == "different"
+        if call.dropout_p > 0 and (dims.rng_state is not None or not own_mask):
+            return None
+        axis = 1 if by_heads else 0
+        q_shape = list(tensors.q.shape)
+        if dims.q is not None:
+            del q_shape[dims.q % len(q_shape)]
+        return _Fold(info.batch_size, by_heads, packed, q_shape[axis])
+
+    def axis(self, name: str) -> int:
+        """The dimension of an unmapped tensor that its samples are folded into."""
+        if not self.by_heads or name == "sink":
+            return 0
+        if name == "lse":
+            return 0 if self.packed else 1
+        return -1 if name == "alibi_slopes" else 1
+
+    def fold(self, name: str, x: Tensor | None, dim: int | None, *, always: bool = True) -> Any:
+        """Folds x, mapped along `dim`. Unless `always`, what broadcasts anyway stays as it is."""
+        if x is None:
+            return None
+        given, axis = x, self.axis(name)
+        x = x.movedim(dim, 0) if dim is not None else x[None]  # the samples in front
+        if name == "alibi_slopes" and not self.by_heads and x.dim() == 2:
+            x, broadcasts = x[:, None], True  # (N, H): the same for every sequence of the batch
+        else:
+            broadcasts = name in ("bias", "mask") and x.shape[axis + 1] == 1
+        if dim is None and not always and broadcasts:
+            return given
+        axis = axis if axis >= 0 else x.dim() - 1 + axis
+        shape = [self.samples, *x.shape[1:]]
+        shape[axis + 1] = self.full if broadcasts else shape[axis + 1]
+        return x.expand(shape).movedim(0, axis).flatten(axis, axis + 1)
+
+    def tensors(
+        self,
+        tensors: Tensors,
+        dims: Tensors,
+        *,
+        dbias: bool = False,
+        dslopes: bool = False,
+        dsink: bool = False,
+    ) -> list[Any]:
+        """All of a call's tensors. A gradient is wanted per sample, so its input is folded even
+        where it would broadcast."""
+        always = {"bias": dbias, "mask": False, "alibi_slopes": dslopes}
+        result = []
+        for name, x, dim in zip(Tensors._fields, tensors, dims, strict=True):
+            by_sequence = name.startswith(("cu_seqlens", "seqused"))
+            if name == "rng_state" or (self.by_heads and by_sequence):
+                result.append(x)
+            else:
+                result.append(self.fold(name, x, dim, always=always.get(name, True)))
+        return result
+
+    def unfold(self, y: Tensor, axis: int) -> Tensor:
+        return y.unflatten(axis, (self.samples, y.shape[axis] // self.samples))
+
+    def gradient(
+        self, name: str, gradient: Tensor, given: Tensor, dim: int | None
+    ) -> tuple[Tensor, int]:
+        """A folded gradient as (one per sample, its mapped dimension), in the input's own shape."""
+        axis = self.axis(name) % gradient.dim()
+        gradient = self.unfold(gradient, axis)
+        rank = given.dim() - (dim is not None)
+        if gradient.dim() - 1 > rank:  # slopes (H) that were repeated over the batch
+            return gradient.sum(axis + 1), axis
+        sizes = list(given.shape)
+        if dim is not None:
+            del sizes[dim % len(sizes)]
+        if sizes[axis] != gradient.shape[axis + 1]:
+            gradient = gradient.sum(axis + 1, keepdim=True)
+        return gradient, axis
+
+
+def _each_sample(
+    function: type[torch.autograd.Function], samples: int, in_dims: Any, args: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """One call per sample, the results stacked in front."""
+    results = [
+        _apply(
+            function,
+            *(
+                x.select(dim, i) if isinstance(dim, int) else x
+                for x, dim in zip(args, in_dims, strict=True)
+            ),
+        )
+        for i in range(samples)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    columns = tuple(torch.stack(column) for column in zip(*results, strict=True))
+    return columns, (0,) * len(columns)
