@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# `make demo` and `make test` need Python 3.11, a C++20 compiler and pip. The Python used is the
+# active one if it has torch, else .venv, which they make. PYTHON=... chooses another; TORCH=... is
+# what pip installs into .venv.
+VENV := .venv
+TORCH ?= torch>=2.11
+PYTHON ?= $(shell for p in python python3; do \
+  $$p -c 'import sys; from importlib.util import find_spec as f; sys.exit(not f("torch"))' \
+  2>/dev/null && { command -v $$p; exit; }; done; echo $(CURDIR)/$(VENV)/bin/python)
+WORKERS ?= 2
+NEEDS = $(PYTHON) .ci/install_extra.py
+
+.PHONY: help python build test test-gpu test-cpp kernels lint format demo bench clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## */ - /'
+
+$(VENV)/has_torch:
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install "$(TORCH)"
+	touch $@
+
+python: $(if $(findstring $(CURDIR)/$(VENV),$(PYTHON)),$(VENV)/has_torch)
+	@echo "Python: $$($(PYTHON) -c 'import sys, torch; print(sys.executable, "with torch", torch.__version__)')"
+
+build: python ## build flash_attn._C in place
+	@$(NEEDS) build
+	@$(PYTHON) .ci/choose_cuda.py --explain
+	FLASH_ATTN_CUDA=$$($(PYTHON) .ci/choose_cuda.py) $(PYTHON) setup.py -q build_ext --inplace
+
+test: build ## every test that this machine can run
+	@$(NEEDS) test
+	$(PYTHON) -m pytest -q -n $(WORKERS) $(TESTS)
+
+test-gpu: python ## the grid of cases on a GPU; results in build/test-gpu.json
+	@$(NEEDS) build test
+	FLASH_ATTN_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest -q tests/backends --json build/test-gpu.json $(TESTS)
+
+test-cpp: ## C++ tests of the layers below torch
+	python3 csrc/build_kernels.py tests $(if $(CUDA),--cuda)
+
+kernels: ## compile the CUDA backend alone; spills fail
+	python3 csrc/build_kernels.py kernels
+
+lint: ## formatters, linters, types
+	@$(NEEDS) lint
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	git ls-files '*.h' '*.cpp' '*.cuh' '*.cu' | xargs $(PYTHON) -m clang_format --dry-run -Werror
+
+format: ## let the formatters write
+	@$(NEEDS) lint
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	git ls-files '*.h' '*.cpp' '*.cuh' '*.cu' | xargs $(PYTHON) -m clang_format -i
+
+demo: build ## train a small GPT three ways; plots in demo_output/
+	@$(NEEDS) demo
+	PYTHONPATH=. $(PYTHON) examples/train_gpt.py $(DEMO)
+
+bench: build ## python -m benchmarks.bench
+	@$(NEEDS) demo
+	$(PYTHON) -m benchmarks.bench $(BENCH)
+
+clean:
+	rm -rf build flash_attn/_C*.so flash_attn/_build_info.py
