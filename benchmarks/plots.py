@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from .report import pattern_of, rival_names
+from .report import ordered_rows, pattern_of, rival_names
 
 COLORS = {
     "ours": "#1f6fb2",
@@ -45,7 +45,8 @@ def draw(report: dict[str, Any], path: Path) -> Path:
     """One line a rival, one panel a (direction, dtype, mask, head dim)."""
     panels = _panels(report)
     names = rival_names(report)
-    columns = min(4, len(panels))
+    dims = {row["head_dim"] for row in report["rows"]}
+    columns = min(3 if len(dims) == 3 else 4, len(panels))
     lines = -(-len(panels) // columns)
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(
@@ -76,7 +77,7 @@ def draw(report: dict[str, Any], path: Path) -> Path:
 def _panels(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Rows by panel; where a panel would hold several head counts, the one with most lengths."""
     groups: dict[str, dict[tuple[int, int], list[dict[str, Any]]]] = {}
-    for row in report["rows"]:
+    for row in ordered_rows(report):
         if row["seqlen_q"] != row["seqlen_k"]:
             continue
         dim = f"d {row['head_dim']}"
@@ -87,7 +88,7 @@ def _panels(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         shapes[row["heads"], row["heads_k"]].append(row)
     return {
         title: sorted(max(shapes.values(), key=len), key=lambda row: row["seqlen_q"])
-        for title, shapes in sorted(groups.items())
+        for title, shapes in groups.items()
     }
 
 

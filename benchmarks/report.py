@@ -59,6 +59,18 @@ def pattern_of(row: Row) -> str:
     return row["case"].split("-")[3]
 
 
+def ordered_rows(report: dict[str, Any]) -> list[Row]:
+    """Forward before backward, full before causal, head dims and lengths ascending."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        direction = list(_DIRECTION_NAMES).index(row["direction"])
+        shape = (row["head_dim"], row["head_dim_v"], row["heads"], -row["heads_k"])
+        pattern = pattern_of(row)
+        return direction, row["dtype"], pattern != "full", pattern, *shape, row["seqlen_q"]
+
+    return sorted(report["rows"], key=key)
+
+
 def rival_names(report: dict[str, Any]) -> list[str]:
     """In the order measured, without those that refused every case."""
     names: dict[str, bool] = {}
@@ -80,7 +92,7 @@ def ratio_table(report: dict[str, Any]) -> str:
     """Geometric means of rival time / our time, with the least and the greatest case."""
     rivals = [n for n in rival_names(report) if n != "ours" and not n.startswith("ours")]
     groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
-    for row in report["rows"]:
+    for row in ordered_rows(report):
         kind = pattern_of(row)
         if row["head_dim_v"] != row["head_dim"]:
             kind += f", d {row['head_dim']}, d_v {row['head_dim_v']}"
@@ -92,7 +104,6 @@ def ratio_table(report: dict[str, Any]) -> str:
         cells = [f"{_DIRECTION_NAMES[direction]}, {dtype}, {kind}", str(len(rows))]
         cells += [_ratio_cell(rows, rival) for rival in rivals]
         lines.append(cells)
-    lines.sort()
     if len(lines) > 1:
         every = [_ratio_cell(report["rows"], rival) for rival in rivals]
         lines.append(["**all**", str(len(report["rows"])), *every])
@@ -114,7 +125,7 @@ def rate_table(report: dict[str, Any]) -> str:
     """TFLOP/s (CPU: GFLOP/s) by length: ours / the best of torch's fused backends."""
     scale, digits = (1.0, 0) if report["machine"]["device_type"] == "cuda" else (1e3, 0)
     groups: dict[str, dict[int, str]] = defaultdict(dict)
-    for row in report["rows"]:
+    for row in ordered_rows(report):
         if row["seqlen_q"] != row["seqlen_k"]:
             continue
         ours = row["rivals"].get("ours", {}).get("tflops")
@@ -135,7 +146,7 @@ def rate_table(report: dict[str, Any]) -> str:
         groups[where][row["seqlen_q"]] = f"{mine} / {best}"
     lengths = sorted({length for cells in groups.values() for length in cells})
     lines = [[where, *(cells.get(n, "") for n in lengths)] for where, cells in groups.items()]
-    return markdown_table(["case", *(f"{n:,}" for n in lengths)], sorted(lines))
+    return markdown_table(["case", *(f"{n:,}" for n in lengths)], lines)
 
 
 def memory_table(report: dict[str, Any]) -> str:
@@ -143,7 +154,7 @@ def memory_table(report: dict[str, Any]) -> str:
     rivals = rival_names(report)
     longest = max(row["seqlen_q"] for row in report["rows"])
     lines = []
-    for row in report["rows"]:
+    for row in ordered_rows(report):
         if row["seqlen_q"] != longest or pattern_of(row) != "full":
             continue
         cells = [row["case"]]

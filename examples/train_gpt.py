@@ -29,7 +29,7 @@ from scaling import measure_scaling
 from torch import Tensor
 
 CPU_CONFIG = Config(layers=4, width=128, heads=2, context=1024, batch=2)
-GPU_CONFIG = Config(layers=6, width=768, heads=12, context=2048, batch=8)
+GPU_CONFIG = Config(layers=6, width=512, heads=8, context=2048, batch=2)
 
 
 @dataclass
