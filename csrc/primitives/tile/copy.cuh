@@ -74,24 +74,27 @@ FLASH_DEVICE void load_tile(Tile tile, const Matrix& matrix, int first_row, Keep
   }
 }
 
-/// An accumulator, rounded, into a tile: its element (0, 0) goes to (first_row, first_col), and its
+/// A rounded accumulator into a tile: its element (0, 0) goes to (first_row, first_col), and its
 /// blocks of 16 columns stand kStride blocks apart.
+template <int kStride = 1, class Element, int kRows, int kCols, class Tile>
+FLASH_DEVICE void store_operand(const RegisterOperand<Element, kRows, kCols>& operand, Tile tile,
+                                int first_row, int first_col) {
+  // A lane's pair of columns lies within a chunk, at the same byte in every m16n8 tile.
+  const uint32_t place = tile.address(first_row + lane_row(), 0) + lane_col() * sizeof(Element);
+#pragma unroll
+  for (int m = 0; m < operand.kTilesM; ++m)
+#pragma unroll
+    for (int k = 0; k < operand.kStepsK; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int chunk = first_col / Tile::kChunkElements + 2 * kStride * k + i / 2;
+        store_shared(Tile::moved(place, 16 * m + 8 * (i % 2), chunk), operand.at[m][k][i]);
+      }
+}
 template <int kStride = 1, int kRows, int kCols, class Tile>
 FLASH_DEVICE void round_to_tile(const RegisterTile<kRows, kCols>& accumulator, Tile tile,
                                 int first_row, int first_col) {
-  using Element = typename Tile::Element;
-  // A lane's pair of columns lies within a chunk; its byte there is the same in every m16n8 tile.
-  const uint32_t place = tile.address(first_row + lane_row(), 0) + lane_col() * sizeof(Element);
-#pragma unroll
-  for (int m = 0; m < accumulator.kTilesM; ++m)
-#pragma unroll
-    for (int n = 0; n < accumulator.kTilesN; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int chunk = first_col / Tile::kChunkElements + n / 2 * (2 * kStride) + n % 2;
-        store_shared(Tile::moved(place, 16 * m + 8 * half, chunk),
-                     pack<Element>(accumulator.at[m][n][2 * half], accumulator.at[m][n][2 * half + 1]));
-      }
+  store_operand<kStride>(to_operand<typename Tile::Element>(accumulator), tile, first_row, first_col);
 }
 
 /// A tile into rows [first_row, ...) of a matrix.

@@ -52,6 +52,21 @@ FLASH_DEVICE void for_each(RegisterTile<kRows, kCols>& tile, int first_row, int 
         f(tile.at[m][n][e], first_row + 16 * m + 8 * (e / 2), first_col + 8 * n + e % 2);
 }
 
+/// f(float& x, float& y, int row, int col) for every element of two tiles of the same shape.
+template <int kRows, int kCols, class F>
+FLASH_DEVICE void for_each(RegisterTile<kRows, kCols>& x, RegisterTile<kRows, kCols>& y,
+                           int first_row, int first_col, F&& f) {
+  first_row += lane_row();
+  first_col += lane_col();
+#pragma unroll
+  for (int m = 0; m < x.kTilesM; ++m)
+#pragma unroll
+    for (int n = 0; n < x.kTilesN; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        f(x.at[m][n][e], y.at[m][n][e], first_row + 16 * m + 8 * (e / 2), first_col + 8 * n + e % 2);
+}
+
 /// The four lanes of a row.
 FLASH_DEVICE float row_lanes_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The element-wise middle of the backward, on transposed tiles: rows are keys, columns are queries.
+#pragma once
+
+#include "cuda/sm80/scores.cuh"
+#include "cuda/sm80/softmax.cuh"
+
+namespace flash::cuda::sm80 {
+
+/// What a query row brings along. lse = +inf gives every weight 0: a row that is outside or empty.
+struct QueryRow {
+  float lse, delta;
+};
+
+/// P^T = exp(S^T - lse), rounded to an operand. kOneOperation: as in OnlineSoftmax, if every lse is
+/// small; otherwise the score is rounded as the forward rounded it, and lse taken off first.
+template <class Element, bool kOneOperation, int kRows, int kCols>
+FLASH_DEVICE RegisterOperand<Element, kRows, kCols> weights_of(
+    const RegisterTile<kRows, kCols>& scores, float unit, const QueryRow* rows) {
+  RegisterOperand<Element, kRows, kCols> weights;
+  const float unit_log2 = unit * kLog2E;
+#pragma unroll
+  for (int n = 0; n < scores.kTilesN; ++n) {
+    const float lse[2] = {rows[8 * n + lane_col()].lse, rows[8 * n + lane_col() + 1].lse};
+    const auto weight = [&](float s, int e) {
+      if constexpr (kOneOperation) return exp2_approx(fmaf(s, unit_log2, -lse[e] * kLog2E));
+      return exp2_approx((__fmul_rn(s, unit) - lse[e]) * kLog2E);
+    };
+#pragma unroll
+    for (int m = 0; m < scores.kTilesM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        weights.at[m][n / 2][n % 2 * 2 + half] = pack<Element>(
+            weight(scores.at[m][n][2 * half], 0), weight(scores.at[m][n][2 * half + 1], 1));
+  }
+  return weights;
+}
+
+/// dP -> dS = P o (dP - delta), through dropout and score modification. Dropped weights carry a
+/// minus sign; slopes = d(score) / d(scale q.k).
+template <class Element, Variant kVariant, int kRows, int kCols>
+FLASH_DEVICE void to_score_gradient(RegisterTile<kRows, kCols>& accdP,
+                                    const RegisterOperand<Element, kRows, kCols>& weights,
+                                    const RegisterTile<kRows, kCols>& slopes,
+                                    const Scores<Element, kVariant>& scores, const QueryRow* rows) {
+#pragma unroll
+  for (int n = 0; n < accdP.kTilesN; ++n) {
+    const float delta[2] = {rows[8 * n + lane_col()].delta, rows[8 * n + lane_col() + 1].delta};
+#pragma unroll
+    for (int m = 0; m < accdP.kTilesM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 pair = unpack<Element>(weights.at[m][n / 2][n % 2 * 2 + half]);
+        const float weight[2] = {pair.x, pair.y};
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& ds = accdP.at[m][n][2 * half + e];
+          if constexpr (kVariant == Variant::kGeneral) {
+            const float kept = signbit(weight[e]) ? 0.f : ds * scores.dropout_scale();
+            ds = scores.backward(fabsf(weight[e]) * (kept - delta[e]),
+                                 slopes.at[m][n][2 * half + e]);
+          } else {
+            ds = weight[e] * (ds - delta[e]);
+          }
+        }
+      }
+  }
+}
+
+/// Weights as the left operand of dV = (dropped P)^T dO: marked ones are 0.
+template <class Weights>
+struct KeptWeights {
+  using Element = typename Weights::Element;
+  const Weights& weights;
+
+  FLASH_DEVICE void load(uint32_t (&fragment)[4], int m, int k) const {
+    weights.load(fragment, m, k);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragment[i] = positive_part<Element>(fragment[i]);
+  }
+};
+
+}  // namespace flash::cuda::sm80
