@@ -103,7 +103,15 @@ struct BackwardWorkspace {
 };
 
 int64_t scratch_bytes(Arch arch, const BackwardParams& p) {
-  return arch == Arch::kSimt ? 0 : sm80::backward_scratch_bytes(p);
+  switch (select(arch, p, Direction::kBackward).arch) {
+    case Arch::kSm90:
+      return sm90::backward_workspace_bytes(p);
+    case Arch::kSm80:
+      return sm80::backward_scratch_bytes(p);
+    case Arch::kSimt:
+      break;
+  }
+  return 0;
 }
 
 template <Arch kArch>
@@ -145,33 +153,44 @@ int64_t backward_workspace_bytes(const BackwardParams& p, int) {
   return BackwardWorkspace::of(p, scratch_bytes(kArch, p)).bytes;
 }
 
+void backward_sm90(const KernelSpec& spec, const BackwardParams& p, void* workspace,
+                   void* stream) {
+  dispatch_value<64, 128>("head_dim", spec.head_dim, [&]<int kHeadDim> {
+    sm90::launch_backward<kHeadDim>(p, workspace, stream);
+  });
+}
+
+/// dq, dk, dv from a complete delta.
+void backward_with_delta(const KernelSpec& spec, const BackwardParams& p, const RowView& delta,
+                         void* scratch, void* stream) {
+  if (!p.dq.data && !p.dk.data && !p.dv.data) return;
+  if (spec.arch == Arch::kSimt) {
+    dispatch_simt(spec, [&]<DType kDType, int kPanel, Variant kVariant> {
+      simt::launch_backward<kDType, kPanel, kVariant>(p, delta, stream);
+    });
+  } else {
+    dispatch_sm80(spec, [&]<DType kDType, int kHeadDim, Variant kVariant> {
+      sm80::launch_backward<kDType, kHeadDim, kVariant>(p, delta, scratch, stream);
+    });
+  }
+}
+
 /// delta; then dq, dk, dv by the architecture's kernels; then the gradients of the features.
 template <Arch kArch>
 void backward(const BackwardParams& p, const Launch& launch) {
+  const KernelSpec spec = select(kArch, p, Direction::kBackward);
   const auto parts = BackwardWorkspace::of(p, scratch_bytes(kArch, p));
-  const RowView delta = parts.delta_view(p, launch.workspace);
   char* const workspace = static_cast<char*>(launch.workspace);
   void* const stream = launch.stream;
+  if (spec.arch == Arch::kSm90)
+    return backward_sm90(spec, p, workspace + parts.scratch, stream);
+  const RowView delta = parts.delta_view(p, workspace);
   dispatch_dtype(p.dtype, [&]<DType kDType> {
     fill_gradient<kDType>(p.dq, p.q_layout, p.num_heads, p.batch, p.head_dim, stream);
     fill_gradient<kDType>(p.dk, p.k_layout, p.num_heads_k, p.batch, p.head_dim, stream);
     fill_gradient<kDType>(p.dv, p.k_layout, p.num_heads_k, p.batch, p.head_dim_v, stream);
     launch_backward_delta<kDType>(p, delta, stream);
-  });
-  if (p.dq.data || p.dk.data || p.dv.data) {
-    const KernelSpec spec = select(kArch, p, Direction::kBackward);
-    if constexpr (kArch == Arch::kSimt) {
-      dispatch_simt(spec, [&]<DType kDType, int kPanel, Variant kVariant> {
-        simt::launch_backward<kDType, kPanel, kVariant>(p, delta, stream);
-      });
-    } else {
-      dispatch_sm80(spec, [&]<DType kDType, int kHeadDim, Variant kVariant> {
-        sm80::launch_backward<kDType, kHeadDim, kVariant>(p, delta, workspace + parts.scratch,
-                                                          stream);
-      });
-    }
-  }
-  dispatch_dtype(p.dtype, [&]<DType kDType> {
+    backward_with_delta(spec, p, delta, workspace + parts.scratch, stream);
     if (p.dbias) launch_backward_bias<kDType>(p, delta, stream);
     if (p.dslopes) launch_backward_slopes<kDType>(p, delta, workspace + parts.partials, stream);
     if (p.dsink) launch_backward_sink<kDType>(p, delta, stream);

@@ -37,8 +37,11 @@ KernelSpec select(Arch arch, const ForwardParams& p, Direction direction) {
   switch (arch) {
     case Arch::kSm90:
       if (direction == Direction::kForward)
-        return {arch, p.dtype, sm90::head_dim_bucket(p), Variant::kPlain};
-      return {Arch::kSm80, p.dtype, sm80_head_dim(p), p.variant()};
+        return {arch, p.dtype, sm90::forward_head_dim(p), Variant::kPlain};
+      // sm80's kernels differentiate what sm90's backward does not take.
+      if (sm90::why_backward_unsupported(p).empty())
+        return {arch, p.dtype, sm90::backward_head_dim(p), Variant::kPlain};
+      return select(Arch::kSm80, p, direction);
     case Arch::kSm80:
       return {arch, p.dtype, sm80_head_dim(p), p.variant()};
     case Arch::kSimt:
@@ -56,7 +59,7 @@ std::vector<std::string> why_unsupported(Arch arch, const ForwardParams& p, Dire
   std::vector<std::string> reasons;
   if (arch == Arch::kSimt) return reasons;
   if (arch == Arch::kSm90) {
-    reasons = direction == Direction::kForward ? sm90::why_unsupported(p) : why_not_sm80(p);
+    reasons = direction == Direction::kForward ? sm90::why_forward_unsupported(p) : why_not_sm80(p);
     if (compute_capability != 90) reasons.push_back(too_old(90, compute_capability));
     return reasons;
   }
