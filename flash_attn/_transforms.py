@@ -296,9 +296,8 @@ class _Weights(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        q, k, lse, bias, mask, alibi_slopes, rng_state, call = args
-        given = Tensors(q, k, k, bias, mask, alibi_slopes, rng_state=rng_state)
-        dims = Tensors(in_dims[0], in_dims[1], in_dims[1], *in_dims[3:6], rng_state=in_dims[6])
+        _, _, lse, _, _, _, rng_state, call = args
+        given, dims = _as_tensors(args[:-1]), _as_tensors(in_dims[:-1])
         fold = _Fold.of(info, given, dims, call, drawn_inside=True)
         if fold is None:
             return _each_sample(_Weights, info.batch_size, in_dims, args)
@@ -328,9 +327,8 @@ class _WeightsBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        dweights, q, k, lse, bias, mask, alibi_slopes, rng_state, call = args
-        given = Tensors(q, k, k, bias, mask, alibi_slopes, rng_state=rng_state)
-        dims = Tensors(in_dims[1], in_dims[2], in_dims[2], *in_dims[4:7], rng_state=in_dims[7])
+        dweights, _, _, lse, bias, _, _, rng_state, call = args
+        given, dims = _as_tensors(args[1:-1]), _as_tensors(in_dims[1:-1])
         fold = _Fold.of(info, given, dims, call, drawn_inside=in_dims[3] is not None)
         if fold is None:
             outputs, _ = _each_sample(_WeightsBackward, info.batch_size, in_dims, args)
@@ -421,7 +419,7 @@ class _Fold:
 
     @staticmethod
     def of(
-        info: Any, tensors: Tensors, dims: Tensors, call: _Call, *, drawn_inside: bool
+        info: Any, tensors: Tensors, dims: Any, call: _Call, *, drawn_inside: bool
     ) -> _Fold | None:
         """None where only sample after sample gives the right answer."""
         packed = tensors.cu_seqlens_q is not None
@@ -467,7 +465,7 @@ class _Fold:
     def tensors(
         self,
         tensors: Tensors,
-        dims: Tensors,
+        dims: Any,
         *,
         dbias: bool = False,
         dslopes: bool = False,
@@ -486,7 +484,9 @@ class _Fold:
         return result
 
     def unfold(self, y: Tensor, axis: int) -> Tensor:
-        return y.unflatten(axis, (self.samples, y.shape[axis] // self.samples))
+        shape = list(y.shape)
+        shape[axis : axis + 1] = [self.samples, y.shape[axis] // self.samples]
+        return y.view(shape)
 
     def gradient(
         self, name: str, gradient: Tensor, given: Tensor, dim: int | None
@@ -503,6 +503,12 @@ class _Fold:
         if sizes[axis] != gradient.shape[axis + 1]:
             gradient = gradient.sum(axis + 1, keepdim=True)
         return gradient, axis
+
+
+def _as_tensors(weights_inputs: Any) -> Any:
+    """(q, k, lse, bias, mask, alibi_slopes, rng_state) in the places of `Tensors`; v is k there."""
+    q, k, _, bias, mask, alibi_slopes, rng_state = weights_inputs
+    return Tensors(q, k, k, bias, mask, alibi_slopes, rng_state=rng_state)
 
 
 def _each_sample(

@@ -21,6 +21,9 @@ __all__ = ["MultiheadAttention", "replace_mha", "restore_mha"]
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
+# torch's own checks and projections, so that their texts and numbers are torch's.
+_F: Any = F
+
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention`: same constructor, parameters, state_dict and meaning.
@@ -71,7 +74,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 average_attn_weights, is_causal,
             )  # fmt: skip
         _check_mask_types(key_padding_mask, attn_mask)
-        F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        _F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if is_causal and attn_mask is None:
             raise RuntimeError(
                 "Need attn_mask if specifying the is_causal hint. You may use the Transformer "
@@ -130,7 +133,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if query is key and key is value:
                 q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
             else:
-                q, k, v = F._in_projection_packed(
+                q, k, v = _F._in_projection_packed(
                     query, key, value, self.in_proj_weight, self.in_proj_bias
                 )
         else:
@@ -140,7 +143,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                     f"{value.shape[:2]}"
                 )
             biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-            q, k, v = F._in_projection(
+            q, k, v = _F._in_projection(
                 query, key, value, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight,
                 *biases,
             )  # fmt: skip
@@ -155,7 +158,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             k = torch.cat([k, k.new_zeros(one_key)], length_dim)
             v = torch.cat([v, v.new_zeros(one_key)], length_dim)
         q, k, v = (
-            x.unflatten(-1, (self.num_heads, self.head_dim)).permute(batch_dim, 2, length_dim, 3)
+            x.view(*x.shape[:2], self.num_heads, self.head_dim).permute(batch_dim, 2, length_dim, 3)
             for x in (q, k, v)
         )
         return q, k, v
@@ -191,11 +194,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if attn_mask.dim() == 2:
                 attn_mask = attn_mask[None, None]
             else:
-                attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
+                attn_mask = attn_mask.view(batch, self.num_heads, *attn_mask.shape[1:])
         if key_padding_mask is not None:
             if added:
                 key_padding_mask = F.pad(key_padding_mask, (0, added))
-            F._check_key_padding_mask(key_padding_mask, k.shape[2], batch)
+            _F._check_key_padding_mask(key_padding_mask, k.shape[2], batch)
             key_padding_mask = key_padding_mask[:, None, None]
 
         forbids = [

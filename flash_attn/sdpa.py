@@ -7,7 +7,7 @@ Source: Dao, FlashAttention-2 (2023), algorithms 1 and 2; the formula is `flash_
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import _C, _transforms
+from . import _transforms
+from ._ops import _C, why_unsupported
 
 __all__ = [
     "attention",
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 _builtin_sdpa = torch._C._nn.scaled_dot_product_attention
+_broadcast_shapes: Callable[..., torch.Size] = torch.broadcast_shapes
+_functional: Any = torch.nn.functional
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -182,7 +185,7 @@ def _sdpa_over_attention(
         bottom_right=bottom_right, window_right=0 if is_causal else None,
     )  # fmt: skip
     inner = 3 if enable_gqa else 2  # the dimensions that do not broadcast
-    leading = torch.broadcast_shapes(*(t.shape[:-inner] for t in (query, key, value)))
+    leading = _broadcast_shapes(*(t.shape[:-inner] for t in (query, key, value)))
     return out.reshape(*leading, *query.shape[-inner:-1], value.shape[-1])
 
 
@@ -228,8 +231,7 @@ def attention(
         ValueError: any other `causal`; tensors that are not 4-D.
         RuntimeError: shapes, dtypes or devices that do not fit.
     """
-    if causal is not None and (not isinstance(causal, str) or causal not in _CAUSAL):
-        _refuse_causal(causal)
+    _check_causal(causal)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:
             raise ValueError(
@@ -245,17 +247,21 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-_CAUSAL = ("top_left", "bottom_right")
-
-
-def _refuse_causal(causal: object) -> None:
+def _check_causal(causal: object) -> None:
     choices = "'top_left' (query i sees keys j <= i) or 'bottom_right' (keys j <= i + S - L)"
     if isinstance(causal, bool):
         raise TypeError(
             f"flash_attn: causal must say how the diagonal is aligned: None, {choices}; got the "
             f"bool {causal}"
         )
-    raise ValueError(f"flash_attn: expected causal to be None, {choices}, got {causal!r}")
+    if causal not in (None, "top_left", "bottom_right"):
+        raise ValueError(f"flash_attn: expected causal to be None, {choices}, got {causal!r}")
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    if scale is not None:
+        return scale
+    return 1 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
 
 
 def _four_dims(name: str, x: Tensor | None) -> Tensor | None:
@@ -286,11 +292,10 @@ def _attend(
     drawn = dropout_p > 0 and rng_state is None
     if drawn:
         rng_state = _transforms.draw_rng_state(q.shape[0] * q.shape[1], q, k, v, bias, mask)
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
     return _transforms.attention(
         q, k, v, bias=bias, mask=mask, rng_state=rng_state, rng_state_drawn=drawn,
-        bottom_right=bottom_right, window_right=window_right, scale=scale, dropout_p=dropout_p,
+        bottom_right=bottom_right, window_right=window_right, scale=_scale(q, scale),
+        dropout_p=dropout_p,
         deterministic=bool(deterministic) or torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 
@@ -337,14 +342,32 @@ def can_use(
     """Whether `attention` takes these arguments, and if not, why.
 
     Args:
-        backend: ask about one backend ("cpu", "simt", "sm80", ...); None: about the one that a
-            call would take.
+        backend: ask about one backend ("cpu", "simt", "sm80", ...); None: about the one that
+            `use_backend` names, or any of the device's. The rest as in `attention`.
 
     Returns:
-        (True, "") or (False, reason). Covers the forward pass and, where a gradient would be
-        recorded, the backward. Nothing is computed.
+        (True, "") or (False, reason), for the forward pass and, where it would be recorded, the
+        backward pass. Nothing is computed.
     """
-    raise NotImplementedError
+    _check_causal(causal)
+    wants_grad = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (q, k, v, bias) if t is not None
+    )
+    try:
+        reasons = [
+            reason
+            for backward in ((False, True) if wants_grad else (False,))
+            for reason in why_unsupported(
+                q, k, v, bias=_four_dims("bias", bias), mask=_four_dims("mask", mask),
+                rng_state=torch.zeros(2, dtype=torch.int64, device=q.device),
+                bottom_right=causal == "bottom_right", window_right=None if causal is None else 0,
+                scale=_scale(q, scale), dropout_p=dropout_p,
+                backend=_C.get_backend() if backend is None else backend, backward=backward,
+            )
+        ]  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        reasons = [str(error).splitlines()[0]]
+    return not reasons, "; ".join(dict.fromkeys(reasons))
 
 
 @contextmanager
@@ -355,7 +378,7 @@ def use_backend(name: str) -> Iterator[None]:
     take a call raises instead of handing it to another one.
 
     Raises:
-        RuntimeError: the name is not one of the backends in this build.
+        ValueError: the name is not one of the backends in this build.
     """
     outer = _C.get_backend()
     _C.set_backend(name)
@@ -395,10 +418,8 @@ def enable_sdpa_patch() -> None:
     imported before keep torch's function; nn.MultiheadAttention's inference fast path never asks
     (see `flash_attn.nn.replace_mha`).
     """
-    _patched.append(
-        (torch.nn.functional.scaled_dot_product_attention, CausalBias.__dict__[_PROTOCOL])
-    )
-    torch.nn.functional.scaled_dot_product_attention = scaled_dot_product_attention
+    _patched.append((_functional.scaled_dot_product_attention, CausalBias.__dict__[_PROTOCOL]))
+    _functional.scaled_dot_product_attention = scaled_dot_product_attention
     if len(_patched) == 1:
         setattr(CausalBias, _PROTOCOL, classmethod(_causal_bias_protocol))
 
@@ -412,14 +433,14 @@ def disable_sdpa_patch() -> None:
     """
     if not _patched:
         raise RuntimeError("flash_attn: disable_sdpa_patch without enable_sdpa_patch")
-    current = torch.nn.functional.scaled_dot_product_attention
+    current = _functional.scaled_dot_product_attention
     if current is not scaled_dot_product_attention:
         raise RuntimeError(
             "flash_attn: torch.nn.functional.scaled_dot_product_attention was replaced by "
             f"{current!r} after flash_attn's patch; undo that one first"
         )
     function, protocol = _patched.pop()
-    torch.nn.functional.scaled_dot_product_attention = function
+    _functional.scaled_dot_product_attention = function
     setattr(CausalBias, _PROTOCOL, protocol)
 
 
