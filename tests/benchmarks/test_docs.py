@@ -25,19 +25,19 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 def test_tree_of_readme_exists() -> None:
     text = (ROOT / "README.md").read_text()
-    block = text[text.index("## The tree") :].split("```")[1]
-    folder = ROOT
-    names = 0
-    for line in block.strip("\n").splitlines():
-        inner = re.match(r"  (\S+/)", line)
-        if inner:
-            assert (folder / inner.group(1)).is_dir(), line
+    lines = text[text.index("## The tree") :].split("```")[1].strip("\n").splitlines()
+    assert len(lines) >= 10
+    parent = ROOT
+    for line in lines:
+        if line.startswith("  "):
+            named = [parent / line.split()[0]]
+        elif line.split()[0].endswith("/"):
+            parent = ROOT / line.split()[0]
+            named = [parent]
         else:
-            for name in re.findall(r"^\S+|(?<=  )\S+$|(?<=  )Makefile", line):
-                assert (ROOT / name).exists(), name
-            folder = ROOT / line.split()[0]
-        names += 1
-    assert names >= 10
+            named = [ROOT / name for name in line.split()]
+        for path in named:
+            assert path.exists(), path
 
 
 def test_counted_bytes_of_the_memory_page() -> None:
