@@ -45,7 +45,7 @@ struct Dropout {
 
   const int64_t* rng_state = nullptr;  ///< (seed, offset), on the device of q; null: no dropout
   uint32_t threshold = 65536;          ///< kept half-words
-  float scale = 1.f;                   ///< 1 / (1 - p); 0 for p = 1
+  double scale = 1;                    ///< 1 / (1 - p); 0 for p = 1
 
   FLASH_HOST_DEVICE bool enabled() const { return rng_state != nullptr; }
 };
@@ -70,7 +70,10 @@ struct DropoutStream {
   /// Half-word of the pair in its block: row = (q mod 16) div 8, column = (k mod 32) div 8.
   FLASH_HOST_DEVICE bool keeps(const PhiloxBlock& block, int row, int column) const {
     const int half_word = 4 * row + column;
-    const uint32_t word = block.x[half_word / 2];
+    // Selected, not indexed: an index that is not a constant puts the block in local memory.
+    const uint32_t low = half_word & 2 ? block.x[1] : block.x[0];
+    const uint32_t high = half_word & 2 ? block.x[3] : block.x[2];
+    const uint32_t word = half_word & 4 ? high : low;
     return (half_word % 2 ? word >> 16 : word & 0xffffu) < threshold;
   }
   FLASH_HOST_DEVICE bool keep(int q, int k) const {

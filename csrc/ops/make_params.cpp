@@ -71,7 +71,7 @@ Dropout dropout_of(const Inputs& in) {
   const double keep = 1 - in.dropout_p;
   return {.rng_state = in.rng_state.const_data_ptr<int64_t>(),
           .threshold = uint32_t(std::lround(keep * 65536)),
-          .scale = keep > 0 ? float(1 / keep) : 0.f};
+          .scale = keep > 0 ? 1 / keep : 0};
 }
 
 Features features_of(const Inputs& in) {
