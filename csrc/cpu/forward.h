@@ -8,6 +8,9 @@
 //           keys while it is in the caches: what a worker takes from the counter
 //   block   kBlockKeys keys, read where they lie; of 16-bit tensors, widened once per unit
 //
+// Where a kv head has at most kFewQueries rows in all, the two products have lanes = head_dim
+// (forward_few.h).
+//
 // Every row is computed by one worker, over the same blocks, whoever it is and whatever rows go
 // with it: its bits depend on nothing else.
 #pragma once
@@ -19,8 +22,14 @@ namespace flash::cpu {
 namespace {
 
 constexpr int kUnitGroups = 4;
-/// Multiply-adds below which waking other threads costs more than it gains (about 50 us).
-constexpr double kWorthSharing = 2e6;
+/// Multiply-adds below which waking other threads costs more than it gains: about 20 us of work.
+constexpr double kWorthSharing = 1e6;
+
+/// The rows of a call that share a pass over the keys are few: lanes = head_dim.
+FLASH_INLINE bool has_few_queries(const ForwardParams& p) {
+  return int64_t(p.gqa_ratio()) * p.q_layout.max <= kFewQueries;
+}
+FLASH_INLINE int whole_vectors(int width) { return (width + kLanes - 1) / kLanes * kLanes; }
 
 /// How the rows of one kv head's query heads are cut into groups, for queries of one length.
 struct GroupCut {
@@ -67,8 +76,8 @@ struct UnitGrid {
 struct WorkspaceLayout {
   int64_t next = 0;
   int64_t s, new_max, alpha, bias = 0, kept = 0, dropout = 0, wide_k = 0, wide_v = 0;
-  int64_t groups, q_t, o_t, row_max, row_sum, group_size;  ///< those of a group from its beginning
-  int k_stride = 0, v_stride = 0;                          ///< of widened rows
+  int64_t groups, q, o, row_max, row_sum, group_size;  ///< those of a group from its beginning
+  int k_stride = 0, v_stride = 0;                      ///< of widened rows
 
   int64_t take(int64_t reals) {
     constexpr int64_t kLine = 64 / sizeof(Real);
@@ -93,8 +102,8 @@ struct WorkspaceLayout {
       w.wide_v = w.take(int64_t(kBlockKeys) * w.v_stride);
     }
     w.groups = w.next;
-    w.q_t = w.take(int64_t(p.head_dim) * kGroupQueries) - w.groups;
-    w.o_t = w.take(int64_t(p.head_dim_v) * kGroupQueries) - w.groups;
+    w.q = w.take(int64_t(whole_vectors(p.head_dim)) * kGroupQueries) - w.groups;
+    w.o = w.take(int64_t(whole_vectors(p.head_dim_v)) * kGroupQueries) - w.groups;
     w.row_max = w.take(kGroupQueries) - w.groups;
     w.row_sum = w.take(kGroupQueries) - w.groups;
     w.group_size = w.next - w.groups;
@@ -111,26 +120,20 @@ struct WorkspaceLayout {
   }
 };
 
-/// Q^T with `scale` folded in; O^T, m and l of a row that has seen no key.
+/// Q with `scale` folded in, zeros where lanes stand for nothing; O, m and l of rows that have seen
+/// no key.
 template <class Element>
 FLASH_NOINLINE void load_queries(const ForwardParams& p, const Sequence& sequence, Real scale,
                                  const Group& group) {
-  const GroupQueries& queries = group.queries;
-  const int pitch = queries.vectors() * kLanes;
-  for (int i = 0; i < pitch; ++i) {
-    if (i >= queries.count()) {
-      for (int d = 0; d < p.head_dim; ++d) group.q_t[int64_t(d) * pitch + i] = 0;
-      continue;
-    }
-    const Element* row = static_cast<const Element*>(p.q.data) +
-                         p.q.offset(sequence, queries.head_begin + i / queries.rows()) +
-                         (queries.q_begin + i % queries.rows()) * p.q.row_stride;
-    for (int d = 0; d < p.head_dim; ++d) {
-      group.q_t[int64_t(d) * pitch + i] = widen(row[d]) * scale;
-    }
-  }
-  std::memset(group.o_t, 0, sizeof(Real) * pitch * p.head_dim_v);
-  for (int i = 0; i < pitch; ++i) {
+  std::memset(group.q, 0, sizeof(Real) * kGroupQueries * whole_vectors(p.head_dim));
+  std::memset(group.o, 0, sizeof(Real) * kGroupQueries * whole_vectors(p.head_dim_v));
+  for_each_query(group.queries, [&](int i, int head, int64_t q) {
+    const Element* row =
+        static_cast<const Element*>(p.q.data) + p.q.offset(sequence, head) + q * p.q.row_stride;
+    Real* to = group.q + i * group.q_lane_step;
+    for (int d = 0; d < p.head_dim; ++d) to[d * group.column_step] = widen(row[d]) * scale;
+  });
+  for (int i = 0; i < kGroupQueries; ++i) {
     group.row_max[i] = -kInfinity;
     group.row_sum[i] = 0;
   }
@@ -160,12 +163,8 @@ struct RowResult {
 template <class Element>
 FLASH_NOINLINE void store_output(const ForwardParams& p, const Sequence& sequence,
                                  const Group& group) {
-  const GroupQueries& queries = group.queries;
   const Features& features = p.features;
-  const int pitch = queries.vectors() * kLanes;
-  for (int i = 0; i < queries.count(); ++i) {
-    const int head = queries.head_begin + i / queries.rows();
-    const int64_t q = queries.q_begin + i % queries.rows();
+  for_each_query(group.queries, [&](int i, int head, int64_t q) {
     RowResult row =
         features.sink.enabled()
             ? RowResult::with_sink(group.row_max[i], group.row_sum[i], features.sink.of<Real>(head))
@@ -174,10 +173,11 @@ FLASH_NOINLINE void store_output(const ForwardParams& p, const Sequence& sequenc
     if (features.dropout.enabled()) row.factor *= Real(features.dropout.scale);
     Element* out =
         static_cast<Element*>(p.out.data) + p.out.offset(sequence, head) + q * p.out.row_stride;
+    const Real* from = group.o + i * group.o_lane_step;
     for (int c = 0; c < p.head_dim_v; ++c) {
-      out[c] = narrow<Element>(group.o_t[int64_t(c) * pitch + i] * row.factor);
+      out[c] = narrow<Element>(from[c * group.column_step] * row.factor);
     }
-  }
+  });
 }
 
 /// The rows [begin, end) of K or V of one head: in place, or widened into `wide`.
@@ -210,83 +210,101 @@ struct ForwardCall {
   int64_t next_unit;  ///< shared by the workers, atomic
 };
 
-template <Variant kVariant, class Element>
-FLASH_NOINLINE void run_unit(const ForwardCall& call, int64_t unit, Real* scratch) {
+/// A unit in hand.
+struct Unit {
+  Sequence qs, ks;
+  int head_k, num_groups;
+  Range keys;  ///< that at least one of its rows keeps
+  Group groups[kUnitGroups];
+};
+
+template <class Element>
+FLASH_INLINE void begin_unit(const ForwardCall& call, int64_t index, Real* scratch, Unit& unit) {
   const ForwardParams& p = call.p;
   const WorkspaceLayout& w = call.layout;
   const int64_t heads = int64_t(p.batch) * p.num_heads_k;
-  const int batch = int(unit % heads / p.num_heads_k), head_k = int(unit % p.num_heads_k);
+  const int batch = int(index % heads / p.num_heads_k);
   const int first_group =
-      int(call.grid.units_per_head - 1 - unit / heads) * call.grid.groups_per_unit;
-  const Sequence qs = Sequence::of(p.q_layout, batch), ks = Sequence::of(p.k_layout, batch);
-  const GroupCut cut = GroupCut::of(p, qs.length);
-  const int num_groups = smaller(call.grid.groups_per_unit, cut.groups() - first_group);
-  if (num_groups <= 0) return;
+      int(call.grid.units_per_head - 1 - index / heads) * call.grid.groups_per_unit;
+  unit.head_k = int(index % p.num_heads_k);
+  unit.qs = Sequence::of(p.q_layout, batch);
+  unit.ks = Sequence::of(p.k_layout, batch);
+  const GroupCut cut = GroupCut::of(p, unit.qs.length);
+  unit.num_groups = smaller(call.grid.groups_per_unit, cut.groups() - first_group);
+  unit.keys = {unit.ks.length, 0};
+  const IntervalMask mask = p.mask_of(unit.qs, unit.ks);
+  const bool few = has_few_queries(p);
+  for (int g = 0; g < unit.num_groups; ++g) {
+    Group& group = unit.groups[g];
+    Real* at = scratch + w.groups + g * w.group_size;
+    group.queries = cut.group(p, batch, unit.head_k, unit.qs.length, first_group + g);
+    group.any_keys = mask.any_keys(group.queries.q_begin, group.queries.q_end);
+    group.all_keys = mask.all_keys(group.queries.q_begin, group.queries.q_end);
+    group.is_first = g == 0;
+    group.q = at + w.q;
+    group.o = at + w.o;
+    group.column_step = few ? 1 : group.queries.vectors() * kLanes;
+    group.q_lane_step = few ? whole_vectors(p.head_dim) : 1;
+    group.o_lane_step = few ? whole_vectors(p.head_dim_v) : 1;
+    group.row_max = at + w.row_max;
+    group.row_sum = at + w.row_sum;
+    fill_lanes(p, mask, group.queries, group.lanes);
+    load_queries<Element>(p, unit.qs, call.scale, group);
+    if (group.any_keys.begin < group.any_keys.end) {
+      unit.keys = {smaller(unit.keys.begin, group.any_keys.begin),
+                   larger(unit.keys.end, group.any_keys.end)};
+    }
+  }
+}
 
-  const IntervalMask mask = p.mask_of(qs, ks);
+template <Orientation kOrientation, Variant kVariant, class Element>
+FLASH_NOINLINE void run_unit(const ForwardCall& call, int64_t index, Real* scratch) {
+  const ForwardParams& p = call.p;
+  const WorkspaceLayout& w = call.layout;
+  Unit unit;
+  begin_unit<Element>(call, index, scratch, unit);
   const BlockScratch block_scratch{scratch + w.s,
                                    scratch + w.new_max,
                                    scratch + w.alpha,
                                    {scratch + w.bias, reinterpret_cast<Int*>(scratch + w.kept)},
                                    scratch + w.dropout};
-  Group groups[kUnitGroups];
-  Range keys{ks.length, 0};  // of the unit
-  for (int g = 0; g < num_groups; ++g) {
-    Group& group = groups[g];
-    Real* at = scratch + w.groups + g * w.group_size;
-    group.queries = cut.group(p, batch, head_k, qs.length, first_group + g);
-    group.any_keys = mask.any_keys(group.queries.q_begin, group.queries.q_end);
-    group.all_keys = mask.all_keys(group.queries.q_begin, group.queries.q_end);
-    group.is_first = g == 0;
-    group.q_t = at + w.q_t;
-    group.o_t = at + w.o_t;
-    group.row_max = at + w.row_max;
-    group.row_sum = at + w.row_sum;
-    fill_lanes(p, mask, group.queries, group.lanes);
-    load_queries<Element>(p, qs, call.scale, group);
-    if (group.any_keys.begin < group.any_keys.end) {
-      keys = {smaller(keys.begin, group.any_keys.begin), larger(keys.end, group.any_keys.end)};
-    }
-  }
+  const Range keys = unit.keys;
   for (int begin = keys.begin / kBlockKeys * kBlockKeys; begin < keys.end; begin += kBlockKeys) {
     const Range block{larger(begin, keys.begin), smaller(begin + kBlockKeys, keys.end)};
-    const Rows k = block_rows<Element>(p.k, p.k.offset(ks, head_k), block, p.head_dim,
+    const Rows k = block_rows<Element>(p.k, p.k.offset(unit.ks, unit.head_k), block, p.head_dim,
                                        scratch + w.wide_k, w.k_stride);
-    const Rows v = block_rows<Element>(p.v, p.v.offset(ks, head_k), block, p.head_dim_v,
+    const Rows v = block_rows<Element>(p.v, p.v.offset(unit.ks, unit.head_k), block, p.head_dim_v,
                                        scratch + w.wide_v, w.v_stride);
-    for (int g = 0; g < num_groups; ++g) {
-      const Group& group = groups[g];
+    for (int g = 0; g < unit.num_groups; ++g) {
+      const Group& group = unit.groups[g];
       const int k_begin = larger(block.begin, group.any_keys.begin);
       const int count = smaller(block.end, group.any_keys.end) - k_begin;
       if (count <= 0) continue;
-      const Rows k_part = part(k, k_begin - block.begin, count);
-      const Rows v_part = part(v, k_begin - block.begin, count);
-      switch (group.queries.vectors()) {
-        case 1:
-          forward_block<1, kVariant, Element>(group, p, call.unit, k_begin, k_part, v_part,
-                                              block_scratch);
-          break;
-        case 2:
-          forward_block<2, kVariant, Element>(group, p, call.unit, k_begin, k_part, v_part,
-                                              block_scratch);
-          break;
-        default:
-          forward_block<3, kVariant, Element>(group, p, call.unit, k_begin, k_part, v_part,
-                                              block_scratch);
+      const Rows group_k = part(k, k_begin - block.begin, count);
+      const Rows group_v = part(v, k_begin - block.begin, count);
+      auto step = [&]<int kVectors> {
+        forward_block<kVectors, kOrientation, kVariant, Element>(group, p, call.unit, k_begin,
+                                                                 group_k, group_v, block_scratch);
+      };
+      const int vectors = group.queries.vectors();
+      if (kOrientation == Orientation::kHeadDim || vectors == 1) {
+        step.template operator()<1>();
+      } else if constexpr (kOrientation == Orientation::kQueries) {
+        vectors == 2 ? step.template operator()<2>() : step.template operator()<kQueryVectors>();
       }
     }
   }
-  for (int g = 0; g < num_groups; ++g) store_output<Element>(p, qs, groups[g]);
+  for (int g = 0; g < unit.num_groups; ++g) store_output<Element>(p, unit.qs, unit.groups[g]);
 }
 
-template <Variant kVariant, class Element>
+template <Orientation kOrientation, Variant kVariant, class Element>
 void work(void* context, int worker) {
   ForwardCall& call = *static_cast<ForwardCall*>(context);
   Real* scratch = reinterpret_cast<Real*>(call.workspace + worker * call.layout.bytes());
   for (;;) {
     const int64_t unit = __atomic_fetch_add(&call.next_unit, 1, __ATOMIC_RELAXED);
     if (unit >= call.grid.units) return;
-    run_unit<kVariant, Element>(call, unit, scratch);
+    run_unit<kOrientation, kVariant, Element>(call, unit, scratch);
   }
 }
 
@@ -296,8 +314,10 @@ int64_t forward_workspace_bytes(const ForwardParams& p, int num_workers) {
 
 void forward(const ForwardParams& p, const Launch& launch) {
   if (p.batch == 0 || p.num_heads == 0 || p.q_layout.max == 0) return;
-  const double products =
-      double(p.batch) * p.num_heads * p.q_layout.max * p.k_layout.max * (p.head_dim + p.head_dim_v);
+  const bool few = has_few_queries(p);
+  const double rows = few ? double(p.batch) * p.num_heads_k * kFewQueries
+                          : double(p.batch) * p.num_heads * p.q_layout.max;
+  const double products = rows * p.k_layout.max * (p.head_dim + p.head_dim_v);
   const bool shared = launch.workers->count() > 1 && products >= kWorthSharing;
   const ScoreMod& mod = p.features.score_mod;
   // A bool mask alone leaves the scores as they are, so that a mask that keeps everything changes
@@ -311,8 +331,15 @@ void forward(const ForwardParams& p, const Launch& launch) {
                    static_cast<char*>(launch.workspace),
                    0};
   with_element(p.dtype, [&]<class Element> {
-    void (*run)(void*, int) =
-        p.features.enabled() ? work<Variant::kGeneral, Element> : work<Variant::kPlain, Element>;
+    using enum Orientation;
+    void (*run)(void*, int);
+    if (p.features.enabled()) {
+      run = few ? work<kHeadDim, Variant::kGeneral, Element>
+                : work<kQueries, Variant::kGeneral, Element>;
+    } else {
+      run =
+          few ? work<kHeadDim, Variant::kPlain, Element> : work<kQueries, Variant::kPlain, Element>;
+    }
     shared ? launch.workers->run(run, &call) : run(&call, 0);
   });
 }

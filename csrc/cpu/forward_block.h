@@ -10,6 +10,7 @@
 // reduction is exact.
 #pragma once
 
+#include "cpu/forward_few.h"
 #include "cpu/score.h"
 
 namespace flash::cpu {
@@ -21,9 +22,13 @@ struct Group {
   Range any_keys;  ///< keys that at least one row keeps
   Range all_keys;  ///< keys that every row keeps
   bool is_first;   ///< of its unit to touch a block of keys
-  Real *q_t, *o_t, *row_max, *row_sum;
+  Real *q, *o;     ///< number d of lane i is at d * column_step + i * lane_step
+  int64_t column_step, q_lane_step, o_lane_step;
+  Real *row_max, *row_sum;
   Lanes lanes;
 };
+/// What the lanes of the two products are.
+enum class Orientation { kQueries, kHeadDim };
 
 /// What a worker needs for the block in hand. Row `x` of an array is a group wide.
 struct BlockScratch {
@@ -137,26 +142,44 @@ FLASH_NOINLINE bool all_finite(const Rows& v) {
 }
 /// 0 * NaN is NaN: a weight of exactly 0 does not protect a query from a NaN or infinity in a value
 /// that it does not attend. Where such a value is there, add pair by pair, passing the marked ones.
-template <int kVectors>
-FLASH_NOINLINE void output_block_of_kept_pairs(const Rows& v, const Real* p, Real* o_t,
-                                               const Real* alpha) {
-  const Bits dropped = ~(Bits(-1) >> 1);  // -0
-  for (int c = 0; c < v.width; ++c) {
-    for (int x = 0; x < kVectors; ++x) {
-      Real* out = o_t + (c * kVectors + x) * kLanes;
-      Vector acc = load(out) * load(alpha + x * kLanes);
+FLASH_NOINLINE void output_of_kept_pairs(const Group& group, int pitch, const Rows& v,
+                                         const Real* p, const Real* alpha) {
+  for (int i = 0; i < group.queries.count(); ++i) {
+    for (int c = 0; c < v.width; ++c) {
+      Real& out = group.o[c * group.column_step + i * group.o_lane_step];
+      out *= alpha[i];
       for (int j = 0; j < v.count; ++j) {
-        const Vector weight = load(p + (j * kVectors + x) * kLanes);
-        const Vector sum = fma(broadcast(v.data + j * v.stride + c), weight, acc);
-        acc = select(bits_of(weight) == dropped, acc, sum);
+        const Real weight = p[j * pitch + i];
+        if (weight == 0 && __builtin_signbit(weight)) continue;
+        out = fma(splat(v.data[j * v.stride + c]), splat(weight), splat(out))[0];
       }
-      store(out, acc);
     }
   }
 }
 
+template <int kVectors, Orientation kOrientation>
+FLASH_INLINE void score_product(const Group& group, const Rows& k, Real* s, Real* row_max) {
+  if constexpr (kOrientation == Orientation::kQueries) {
+    score_block<kVectors>(k, group.q, s, row_max);
+  } else {
+    score_few(k, group.q, group.q_lane_step, group.queries.count(), s, row_max);
+  }
+}
+template <int kVectors, Orientation kOrientation>
+FLASH_INLINE void output_product(const Group& group, const Rows& v, const Real* p,
+                                 const Real* alpha) {
+  if constexpr (kOrientation == Orientation::kQueries) {
+    output_block<kVectors>(v, p, group.o, alpha);
+  } else {
+    const int count = group.queries.count();
+    (count == 1   ? output_few<1>
+     : count == 2 ? output_few<2>
+                  : output_few<kFewQueries>)(v, p, group.o, group.o_lane_step, alpha);
+  }
+}
+
 /// `k` and `v` are the rows of the block that the group may keep, from key k_begin on.
-template <int kVectors, Variant kVariant, class Element>
+template <int kVectors, Orientation kOrientation, Variant kVariant, class Element>
 FLASH_INLINE void forward_block(const Group& group, const ForwardParams& p, Real unit, int k_begin,
                                 const Rows& k, const Rows& v, const BlockScratch& scratch) {
   constexpr int kPitch = kVectors * kLanes;
@@ -164,7 +187,7 @@ FLASH_INLINE void forward_block(const Group& group, const ForwardParams& p, Real
   const int num_keys = k.count;
   bool may_drop = k_begin < group.all_keys.begin || k_begin + num_keys > group.all_keys.end;
   store_group(scratch.new_max, load_group<kVectors>(group.row_max));
-  score_block<kVectors>(k, group.q_t, scratch.s, scratch.new_max);
+  score_product<kVectors, kOrientation>(group, k, scratch.s, scratch.new_max);
   if (kVariant == Variant::kGeneral && mod.enabled()) {
     may_drop |= mod.mask.data || mod.bias.data;
     load_pairs<Element>(mod, group.queries, k_begin, num_keys, kPitch, scratch.pairs);
@@ -186,8 +209,11 @@ FLASH_INLINE void forward_block(const Group& group, const ForwardParams& p, Real
         queries, k_begin, num_keys, kPitch, scratch.dropout);
     drop_weights(scratch.dropout, num_keys * kPitch, scratch.s);
   }
-  (pair_by_pair ? output_block_of_kept_pairs<kVectors>
-                : output_block<kVectors>)(v, scratch.s, group.o_t, scratch.alpha);
+  if (pair_by_pair) {
+    output_of_kept_pairs(group, kPitch, v, scratch.s, scratch.alpha);
+  } else {
+    output_product<kVectors, kOrientation>(group, v, scratch.s, scratch.alpha);
+  }
 }
 
 }  // namespace

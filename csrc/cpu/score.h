@@ -21,6 +21,14 @@ struct GroupQueries {
   int vectors() const { return (count() + kLanes - 1) / kLanes; }
 };
 
+/// f(lane, head, q) for every query of a group.
+template <class F>
+FLASH_INLINE void for_each_query(const GroupQueries& group, F&& f) {
+  for (int h = 0, i = 0; h < group.num_heads; ++h) {
+    for (int q = group.q_begin; q < group.q_end; ++q, ++i) f(i, group.head_begin + h, q);
+  }
+}
+
 /// What the lanes of a group know of themselves. Lanes that stand for no query keep no key.
 struct Lanes {
   Int key_begin[kGroupQueries], key_end[kGroupQueries];  ///< the interval of IntervalMask
@@ -31,15 +39,14 @@ inline void fill_lanes(const ForwardParams& p, const IntervalMask& mask, const G
                        Lanes& lanes) {
   const ScoreMod& mod = p.features.score_mod;
   const int diagonal = p.mask.diagonal_offset(mask.seqlen_q, mask.seqlen_k);
-  for (int i = 0; i < kGroupQueries; ++i) {
-    const bool used = i < group.count();
-    const int q = group.q_begin + (used ? i % group.rows() : 0);
-    const int head = group.head_begin + (used ? i / group.rows() : 0);
-    lanes.key_begin[i] = used ? mask.key_begin(q) : 0;
-    lanes.key_end[i] = used ? mask.key_end(q) : 0;
+  for (int i = 0; i < kGroupQueries; ++i) lanes.key_begin[i] = lanes.key_end[i] = 0;
+  for (int i = 0; i < kGroupQueries; ++i) lanes.position[i] = lanes.slope[i] = 0;
+  for_each_query(group, [&](int i, int head, int q) {
+    lanes.key_begin[i] = mask.key_begin(q);
+    lanes.key_end[i] = mask.key_end(q);
     lanes.position[i] = Real(q + diagonal);
-    lanes.slope[i] = mod.alibi_slopes ? mod.slope_of<Real>(group.batch, head) : Real(0);
-  }
+    if (mod.alibi_slopes) lanes.slope[i] = mod.slope_of<Real>(group.batch, head);
+  });
 }
 /// Whether the queries of vector v keep key k.
 FLASH_INLINE IntVector keeps(const Lanes& lanes, int v, int k) {
