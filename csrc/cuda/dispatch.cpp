@@ -102,8 +102,14 @@ struct BackwardWorkspace {
   }
 };
 
+/// sm80's kernels take gradients whose rows sm90's could not.
+KernelSpec select_backward(Arch arch, const BackwardParams& p) {
+  if (arch == Arch::kSm90 && !sm90::gradients_are_aligned(p)) arch = Arch::kSm80;
+  return select(arch, p, Direction::kBackward);
+}
+
 int64_t scratch_bytes(Arch arch, const BackwardParams& p) {
-  switch (select(arch, p, Direction::kBackward).arch) {
+  switch (select_backward(arch, p).arch) {
     case Arch::kSm90:
       return sm90::backward_workspace_bytes(p);
     case Arch::kSm80:
@@ -178,7 +184,7 @@ void backward_with_delta(const KernelSpec& spec, const BackwardParams& p, const 
 /// delta; then dq, dk, dv by the architecture's kernels; then the gradients of the features.
 template <Arch kArch>
 void backward(const BackwardParams& p, const Launch& launch) {
-  const KernelSpec spec = select(kArch, p, Direction::kBackward);
+  const KernelSpec spec = select_backward(kArch, p);
   const auto parts = BackwardWorkspace::of(p, scratch_bytes(kArch, p));
   char* const workspace = static_cast<char*>(launch.workspace);
   void* const stream = launch.stream;

@@ -54,8 +54,8 @@ FLASH_DEVICE float min_or_nan(float a, float b) {
 }
 
 /// e^x. In float by exp2, whose argument the multiplication rounds once: the relative error is at
-/// most (|x| + 2) 2^-24, below what the rounding of x itself costs.
-FLASH_DEVICE float exp_of(float x) { return exp2f(x * 1.4426950408889634f); }
+/// most (|x| + 4) 2^-24, of the order of what the rounding of x itself costs.
+FLASH_DEVICE float exp_of(float x) { return exp2_approx(x * 1.4426950408889634f); }
 FLASH_DEVICE double exp_of(double x) { return exp(x); }
 FLASH_DEVICE float log_of(float x) { return logf(x); }
 FLASH_DEVICE double log_of(double x) { return log(x); }

@@ -32,7 +32,7 @@ FLASH_DEVICE void load_tiles(const ForwardMaps& maps, const ForwardParams& p,
   Ring<Traits::kQueryStages> q_ring;
   Ring<Traits::kStages> k_ring, v_ring;
   const IntervalMask mask = p.mask.of(p.q_layout.max, p.k_layout.max);
-  int pauses = 0;                // since the last tile
+  int pauses = 0;                 // since the last tile
   ptx::wait_for_previous_grid();  // every access to global memory follows from a load below
 
   for (int index = blockIdx.x;;) {
@@ -58,8 +58,8 @@ FLASH_DEVICE void load_tiles(const ForwardMaps& maps, const ForwardParams& p,
     }
     shared.tile[q_ring.stage] = tile;
     const int head_k = tile.head / p.gqa_ratio();
-    load_tile<Traits>(maps.q, shared.q[q_ring.stage], &shared.q_full[q_ring.stage],
-                      Traits::kBlockM, tile.m_block, tile.head, tile.batch, ptx::kEvictFirst);
+    load_tile<Traits>(maps.q, shared.q[q_ring.stage], &shared.q_full[q_ring.stage], Traits::kBlockM,
+                      tile.m_block, tile.head, tile.batch, ptx::kEvictFirst);
     q_ring.advance();
     const Range blocks =
         key_blocks<Traits::kBlockN>(mask, tile.m_block * Traits::kBlockM, Traits::kBlockM).visit;
@@ -98,11 +98,10 @@ FLASH_DEVICE void store_tiles(const ForwardMaps& maps, typename Traits::SharedSt
       ptx::mbarrier_wait(&shared.o_full[ring.stage][warpgroup], parities >> ring.stage & 1);
 #pragma unroll
       for (int c = 0; c < Traits::kChunks; ++c) {
-        ptx::tma_store_4d(maps.out,
-                          shared_address(shared.q[ring.stage]) +
-                              (c * Traits::kBlockM + warpgroup * 64) * 128,
-                          c * 64, tile.m_block * Traits::kBlockM + warpgroup * 64, tile.head,
-                          tile.batch);
+        ptx::tma_store_4d(
+            maps.out,
+            shared_address(shared.q[ring.stage]) + (c * Traits::kBlockM + warpgroup * 64) * 128,
+            c * 64, tile.m_block * Traits::kBlockM + warpgroup * 64, tile.head, tile.batch);
       }
       ptx::bulk_commit();
     }

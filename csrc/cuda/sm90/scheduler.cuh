@@ -12,7 +12,7 @@ namespace flash::cuda::sm90 {
 ///   else: all tiles of a head together.
 struct ForwardSchedule {
   int num_m_blocks, num_tiles;
-  int section_heads;    ///< query heads of a section
+  int section_heads;  ///< query heads of a section
   bool heavy_first;
   unsigned* next_tile;  ///< 0 before and after a launch; null: tile = blockIdx.x + n gridDim.x
 
@@ -51,14 +51,14 @@ FLASH_DEVICE BlockRanges key_blocks(const IntervalMask& mask, int row, int rows)
   return {visit, {full_begin, max(full_begin, full_end)}};
 }
 
-/// The rows of one warpgroup within the tile of the CTA. It skips the blocks above its own last one;
-/// below its own first one everything is masked.
+/// The rows of one warpgroup within the tile of the CTA. It skips the blocks above its own last
+/// one; below its own first one everything is masked.
 template <int kBlockN>
 FLASH_DEVICE BlockRanges key_blocks_within(const IntervalMask& mask, int row, Range tile) {
-  BlockRanges own = key_blocks<kBlockN>(mask, row, 64);
-  own.visit.end = max(tile.begin + 1, min(own.visit.end, tile.end));
-  own.visit.begin = tile.begin;
-  return own;
+  const BlockRanges own = key_blocks<kBlockN>(mask, row, 64);
+  const int end = max(tile.begin + 1, min(own.visit.end, tile.end));
+  const int full_begin = min(max(own.full.begin, tile.begin), end);
+  return {{tile.begin, end}, {full_begin, max(full_begin, min(own.full.end, end))}};
 }
 
 }  // namespace flash::cuda::sm90

@@ -65,14 +65,15 @@ struct ForwardTraits : Tile {
   static constexpr int kBlockM = 64 * Tile::kMmaWarpgroups;
   static constexpr int kChunks = (kHeadDim + 63) / 64;  // of 64 columns = the swizzle's 128 bytes
   static constexpr int kThreads = 128 * (1 + Tile::kMmaWarpgroups);
-  // With stages of Q to spare, O leaves through its own rows of Q and a tile whose cheap softmax was
-  // not safe can be done again. With one, O goes straight to global memory.
+  // With stages of Q to spare, O leaves through its own rows of Q and a tile whose cheap softmax
+  // was not safe can be done again. With one, O goes straight to global memory.
   static constexpr bool kStoresThroughQ = Tile::kQueryStages > 1;
   // bf16 weights have the exponents of fp32: they need not stay below 1 (see forward_softmax.cuh).
   static constexpr bool kKeepsMaximum = kStoresThroughQ && std::is_same_v<Element, __nv_bfloat16>;
   static constexpr int kLoadRegisters = Tile::kMmaWarpgroups == 2 ? 40 : 32;
-  static constexpr int kMmaRegisters =
-      Tile::kMmaWarpgroups == 2 ? 232 : Tile::kMmaWarpgroups == 3 ? 160 : 112;
+  static constexpr int kMmaRegisters = Tile::kMmaWarpgroups == 2   ? 232
+                                       : Tile::kMmaWarpgroups == 3 ? 160
+                                                                   : 112;
   static_assert(kHeadDim % 32 == 0 && kHeadDim <= 256, "wgmma and the swizzle need this");
   static_assert(Tile::kMmaWarpgroups >= 2 && Tile::kMmaWarpgroups <= 4,
                 "register budgets are known for two to four warpgroups");

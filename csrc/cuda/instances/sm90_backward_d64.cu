@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "cuda/sm90/backward_launch.cuh"
+
+namespace flash::cuda::sm90 {
+
+template <>
+void launch_backward<64>(const BackwardParams& p, void* workspace, void* stream) {
+  const BackwardPlan plan = make_backward_plan(p);
+  if (plan.row == BackwardRow::kD64Short)
+    return launch_backward_tile<64, BackwardTileD64Short>(p, plan, workspace, stream);
+  launch_backward_tile<64, BackwardTileD64>(p, plan, workspace, stream);
+}
+
+}  // namespace flash::cuda::sm90

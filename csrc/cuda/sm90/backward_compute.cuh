@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What a warpgroup does with its 64 keys of every tile of the CTA.
+//
+// dQ in the same step:                          dQ under the next step:
+//   S = K Q^T, dP = V dO^T                         S(m), dP(m); P under dP
+//   P under dP, dS, dS to shared memory            dQ(m - 1) = dS(m - 1) K; dS(m) under it
+//   dV += P^T dO                                   dV += P^T dO; dQ(m - 1) leaves under it
+//   all of dS is there: barrier of both            dK += dS^T Q
+//   dQ = dS K, dK += dS^T Q                        no barrier: each waits for the other's dS(m -
+//   1), dQ leaves under dK                             and may be half a step ahead
+#pragma once
+
+#include "cuda/sm90/backward_dq.cuh"
+#include "cuda/sm90/backward_mma.cuh"
+
+namespace flash::cuda::sm90 {
+
+template <class Traits, int kWarpgroup>
+struct BackwardCompute {
+  using Element = typename Traits::Element;
+  using Shared = typename Traits::SharedStorage;
+  static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr bool kOwnsDq = kWarpgroup == 0 || Traits::kDqOwner == DqOwner::kBothWarpgroups;
+  static constexpr bool kNextStep = Traits::kDqOrder == DqOrder::kNextStep;
+
+  const BackwardParams& p;
+  const BackwardSchedule& schedule;
+  Shared& shared;
+  const int lane, warp;
+  const IntervalMask mask;  // transposed: rows are keys
+  const float scale_log2;
+  const uint32_t sK, sV;
+
+  float accdK[kHeadDim / 2], accdV[kHeadDim / 2];
+  uint32_t rdS[kBlockM / 4];
+  Ring<2> ring;
+  int key;  // first of this thread's two
+
+  FLASH_DEVICE BackwardCompute(const BackwardParams& params, const BackwardSchedule& s,
+                               Shared& storage)
+      : p(params),
+        schedule(s),
+        shared(storage),
+        lane(threadIdx.x & 31),
+        warp(warp_uniform((threadIdx.x >> 5) & 3)),
+        mask(params.mask.of(params.q_layout.max, params.k_layout.max).transposed()),
+        scale_log2(static_cast<float>(params.softmax_scale * 1.4426950408889634)),
+        sK(shared_address(storage.k) + kWarpgroup * 64 * 128),
+        sV(shared_address(storage.v) + kWarpgroup * 64 * 128) {}
+
+  FLASH_DEVICE void release(uint64_t* barrier) const {  // one arrival per warp
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(barrier);
+  }
+  FLASH_DEVICE uint32_t ds_chunk(int stage) const {
+    return shared_address(shared.ds[stage]) + kWarpgroup * kBlockM * 128;
+  }
+  FLASH_DEVICE Ring<2> stage_before() const {
+    return {ring.stage ^ 1, ring.parity ^ (ring.stage == 0)};
+  }
+
+  /// S^T and dP^T of a block are issued; S^T has arrived and become P^T.
+  FLASH_DEVICE void begin_step(float (&accS)[kBlockM / 2], float (&accdP)[kBlockM / 2], int m_block,
+                               bool is_masked) {
+    const int stage = ring.stage;
+    ptx::mbarrier_wait(&shared.q_full[stage], ring.parity);
+    issue_keys_by_queries<Traits>(accS, sK, shared.q[stage]);
+    ptx::mbarrier_wait(&shared.dout_full[stage], ring.parity);
+    issue_keys_by_queries<Traits>(accdP, sV, shared.dout[stage]);
+    ptx::wgmma_wait<1>();
+    ptx::pin(accS);
+    if (is_masked) mask_scores<kBlockM>(mask, accS, m_block, key);
+    probabilities<kBlockM>(accS, scale_log2, shared.lse_log2[stage]);
+  }
+
+  FLASH_DEVICE void step(int m_block, bool is_masked, bool is_last) {
+    const int stage = ring.stage;
+    float accS[kBlockM / 2], accdP[kBlockM / 2];
+    uint32_t rP[kBlockM / 4];
+    begin_step(accS, accdP, m_block, is_masked);
+    to_fragment<Element>(rP, accS);
+    ptx::wgmma_wait<0>();
+    ptx::pin(accdP);
+    if (is_last) release(&shared.v_empty);
+    scores_gradient<kBlockM>(accS, accdP, shared.delta[stage]);
+    to_fragment<Element>(rdS, accdP);
+    put_ds<kBlockM>(ds_chunk(stage), rdS, warp);
+    issue_keys_by_depth<Traits>(accdV, rP, shared.dout[stage]);
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(barrier_of(NamedBarrier::kDsWritten, 0), 256);
+    if constexpr (kOwnsDq) {
+      float accdQ[Traits::kDqN / 2];
+      issue_dq<Traits>(accdQ, shared.ds[stage], shared.k, kWarpgroup);
+      ptx::wgmma_wait<1>();
+      ptx::pin(accdV), ptx::pin(rP);
+      release(&shared.dout_empty[stage]);
+      issue_keys_by_depth<Traits>(accdK, rdS, shared.q[stage]);
+      ptx::wgmma_wait<1>();
+      ptx::pin(accdQ);
+      if (is_last) release(&shared.k_empty);
+      put_dq<Traits>(shared, accdQ, kWarpgroup);
+    } else {
+      ptx::wgmma_wait<0>();
+      ptx::pin(accdV), ptx::pin(rP);
+      release(&shared.dout_empty[stage]);
+      if (is_last) release(&shared.k_empty);
+      issue_keys_by_depth<Traits>(accdK, rdS, shared.q[stage]);
+    }
+    ptx::wgmma_wait<0>();
+    ptx::pin(accdK), ptx::pin(rdS);
+    release(&shared.q_empty[stage]);
+    ring.advance();
+  }
+
+  /// S(m), dP(m), dV(m), dK(m) and, unless kIsFirst, dQ(m - 1).
+  template <bool kIsFirst>
+  FLASH_DEVICE void step_with_previous_dq(int m_block, bool is_masked) {
+    const int stage = ring.stage;
+    const Ring<2> previous = stage_before();
+    float accS[kBlockM / 2], accdP[kBlockM / 2];
+    uint32_t rP[kBlockM / 4];
+    begin_step(accS, accdP, m_block, is_masked);
+    to_fragment<Element>(rP, accS);
+    auto finish_scores = [&] {
+      ptx::pin(accdP);
+      scores_gradient_16<Element, kBlockM>(rP, accdP, shared.delta[stage]);
+      to_fragment<Element>(rdS, accdP);
+      put_ds<kBlockM>(ds_chunk(stage), rdS, warp);
+      issue_keys_by_depth<Traits>(accdV, rP, shared.dout[stage]);
+      ptx::fence_proxy_async();
+    };
+    if constexpr (kIsFirst) {
+      ptx::wgmma_wait<0>();
+      finish_scores();
+      release(&shared.ds_full[stage]);
+    } else {
+      float accdQ[Traits::kDqN / 2];
+      ptx::mbarrier_wait(&shared.ds_full[previous.stage], previous.parity);
+      issue_dq<Traits>(accdQ, shared.ds[previous.stage], shared.k, kWarpgroup);
+      ptx::wgmma_wait<1>();
+      finish_scores();
+      ptx::wgmma_wait<1>();
+      ptx::pin(accdQ);
+      release(&shared.ds_full[stage]);  // here: dQ(m - 1) no longer reads the buffer of dS(m + 1)
+      put_dq<Traits>(shared, accdQ, kWarpgroup);
+    }
+    issue_keys_by_depth<Traits>(accdK, rdS, shared.q[stage]);
+    ptx::wgmma_wait<0>();  // dK in flight over the back-edge would serialise (C7512)
+    ptx::pin(accdV), ptx::pin(rP), ptx::pin(accdK), ptx::pin(rdS);
+    release(&shared.dout_empty[stage]);
+    release(&shared.q_empty[stage]);
+    ring.advance();
+  }
+  FLASH_DEVICE void last_dq(bool is_last_head) {
+    const Ring<2> previous = stage_before();
+    float accdQ[Traits::kDqN / 2];
+    if (is_last_head) release(&shared.v_empty);
+    ptx::mbarrier_wait(&shared.ds_full[previous.stage], previous.parity);
+    issue_dq<Traits>(accdQ, shared.ds[previous.stage], shared.k, kWarpgroup);
+    ptx::wgmma_wait<0>();
+    ptx::pin(accdQ);
+    if (is_last_head) release(&shared.k_empty);
+    put_dq<Traits>(shared, accdQ, kWarpgroup);
+  }
+
+  /// All blocks of queries of one query head: masked, full, masked.
+  FLASH_DEVICE void run_head(const BackwardTileId& tile, bool is_last_head) {
+    const int full_begin = to_uniform(tile.full.begin), full_end = to_uniform(tile.full.end);
+    const int end = to_uniform(tile.visit.end);
+    int m_block = to_uniform(tile.visit.begin);
+    if constexpr (kNextStep) {
+      step_with_previous_dq</*kIsFirst=*/true>(m_block, /*is_masked=*/true);
+      ++m_block;
+#pragma unroll 1
+      for (; m_block < end; ++m_block) {
+        if (m_block >= full_begin && m_block < full_end) {
+          step_with_previous_dq</*kIsFirst=*/false>(m_block, /*is_masked=*/false);
+        } else {
+          step_with_previous_dq</*kIsFirst=*/false>(m_block, /*is_masked=*/true);
+        }
+      }
+      last_dq(is_last_head);
+    } else {
+#pragma unroll 1
+      for (; m_block < end; ++m_block) {
+        const bool is_last = is_last_head && m_block + 1 == end;
+        if (m_block >= full_begin && m_block < full_end) {
+          step(m_block, /*is_masked=*/false, is_last);
+        } else {
+          step(m_block, /*is_masked=*/true, is_last);
+        }
+      }
+    }
+  }
+
+  FLASH_DEVICE void run() {
+    Ring<2> slot;
+    int kv_parity = 0;
+    for (int index; (index = next_tile(shared, slot)) >= 0;) {
+      const BackwardTileId tile = backward_tile<Traits>(p, schedule, index);
+      key = tile.n_block * kBlockN + kWarpgroup * 64 + warp * 16 + lane / 4;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) accdK[i] = accdV[i] = 0.f;
+      if (tile.visit.begin < tile.visit.end) {
+        ptx::mbarrier_wait(&shared.k_full, kv_parity);
+        ptx::mbarrier_wait(&shared.v_full, kv_parity);
+        kv_parity ^= 1;
+#pragma unroll 1
+        for (int g = 0; g < p.gqa_ratio(); ++g) run_head(tile, g + 1 == p.gqa_ratio());
+      }
+      store_key_rows<Traits>(p.dv, tile, accdV, 1.f, key, p.k_layout.max, p.head_dim_v);
+      store_key_rows<Traits>(p.dk, tile, accdK, static_cast<float>(p.softmax_scale), key,
+                             p.k_layout.max, p.head_dim);
+    }
+  }
+};
+
+}  // namespace flash::cuda::sm90

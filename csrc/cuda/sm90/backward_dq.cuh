@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// How dQ leaves. The warpgroups put dQ of a block into shared memory; one warp adds it to fp32 sums
+// in a ring of heads that stays in L2; two warps, otherwise idle, take query blocks in turn, wait
+// until all key blocks have added, scale, round and clear. No dQ traffic to memory but the result.
+#pragma once
+
+#include "cuda/sm90/backward_traits.cuh"
+#include "primitives/numeric.cuh"
+#include "primitives/ptx/global_sync.cuh"
+#include "primitives/ptx/shared_memory.cuh"
+
+namespace flash::cuda::sm90 {
+
+FLASH_DEVICE int barrier_of(NamedBarrier barrier, int slice) {
+  return static_cast<int>(barrier) + slice;
+}
+
+/// accdQ to shared memory, by the 128 threads of one warpgroup: float at 512 i + 4 thread + e is
+/// accumulator 4 i + e. The adding warp empties the buffer, and is told when it is full.
+template <class Traits>
+FLASH_DEVICE void put_dq(typename Traits::SharedStorage& shared,
+                         const float (&accdQ)[Traits::kDqN / 2], int slice) {
+  const uint32_t dq =
+      shared_address(shared.dq + slice * Traits::kSliceSize) + (threadIdx.x & 127) * 16;
+  ptx::named_barrier_sync(barrier_of(NamedBarrier::kDqEmpty, slice), 160);
+#pragma unroll
+  for (int i = 0; i < Traits::kDqN / 8; ++i) ptx::store_shared_v4(dq + i * 2048, &accdQ[4 * i]);
+  ptx::fence_proxy_async();
+  ptx::named_barrier_arrive(barrier_of(NamedBarrier::kDqFull, slice), 160);
+}
+
+/// The leader of the adding warp counts, some blocks late, the additions that are complete: a fence
+/// for every block would make a step 2.3 times longer.
+struct AdditionCounter {
+  int* next = nullptr;  ///< of the block to be counted next
+  int uncounted = 0;
+
+  FLASH_DEVICE void count(int blocks) {
+    if (blocks <= 0) return;
+    ptx::fence_gpu();
+    for (int i = 0; i < blocks; ++i) ptx::add_relaxed(next++);
+    uncounted -= blocks;
+  }
+};
+
+/// One warp: dQ of every block of the CTA's tiles, in the order of the warpgroups.
+template <class Traits>
+FLASH_DEVICE void add_dq(const BackwardParams& p, const BackwardSchedule& schedule,
+                         typename Traits::SharedStorage& shared) {
+  constexpr int kBatch = 4;
+  const bool is_leader = threadIdx.x % 32 == 0;
+  Ring<2> slot;
+  AdditionCounter counter;
+  for (int index; (index = next_tile(shared, slot)) >= 0;) {
+    const BackwardTileId tile = backward_tile<Traits>(p, schedule, index);
+    if (tile.visit.begin >= tile.visit.end) continue;
+    for (int g = 0; g < p.gqa_ratio(); ++g) {
+      const int head = tile.batch * p.num_heads + tile.head_k * p.gqa_ratio() + g;
+      const int dq_slot = head % schedule.dq_slots, generation = head / schedule.dq_slots;
+      float* dq = schedule.dq_sums + int64_t{dq_slot} * schedule.num_m_blocks * Traits::kDqSize;
+      int* arrivals = schedule.arrivals + dq_slot * schedule.num_m_blocks;
+      if (is_leader && generation > 0) {  // the head that had this slot must be converted
+        const int needed = generation * 2 * schedule.num_m_blocks;
+        while (ptx::load_acquire(schedule.cleared + dq_slot) < needed) {
+        }
+        ptx::fence_proxy_async_global();
+      }
+      counter.next = arrivals + tile.visit.begin;
+      __syncwarp();  // bar.arrive counts a diverged warp twice
+#pragma unroll 1
+      for (int m_block = tile.visit.begin; m_block < tile.visit.end; ++m_block) {
+        for (int s = 0; s < Traits::kDqSlices; ++s)
+          ptx::named_barrier_arrive(barrier_of(NamedBarrier::kDqEmpty, s), 160);
+        if (is_leader) {
+          if (schedule.ordered) {
+            ptx::bulk_wait_written<0>();
+            counter.count(counter.uncounted);
+            const Range adding = adding_blocks<Traits>(p, m_block);
+            const int place =
+                schedule.last_first ? adding.end - 1 - tile.n_block : tile.n_block - adding.begin;
+            const int turn = generation * (adding.end - adding.begin) + place;
+            while (ptx::load_acquire(arrivals + m_block) < turn) {
+            }
+            ptx::fence_proxy_async_global();
+          } else if (schedule.fused && counter.uncounted > kBatch) {
+            ptx::bulk_wait_written<1>();
+            counter.count(kBatch);
+          }
+        }
+        __syncwarp();
+        for (int s = 0; s < Traits::kDqSlices; ++s) {
+          ptx::named_barrier_sync(barrier_of(NamedBarrier::kDqFull, s), 160);
+          if (is_leader) {
+            ptx::bulk_reduce_add(dq + m_block * int64_t{Traits::kDqSize} + s * Traits::kSliceSize,
+                                 shared_address(shared.dq + s * Traits::kSliceSize),
+                                 Traits::kSliceSize * 4, ptx::kEvictLast);
+          }
+        }
+        if (is_leader) {
+          ptx::bulk_commit();
+          ptx::bulk_wait_read<0>();
+          ++counter.uncounted;
+        }
+        __syncwarp();
+      }
+      if (is_leader && (schedule.fused || schedule.ordered)) {
+        ptx::bulk_wait_written<0>();
+        counter.count(counter.uncounted);
+      }
+      counter.uncounted = 0;
+    }
+  }
+  if (is_leader) ptx::bulk_wait_written<0>();
+}
+
+/// One half of dQ of a block: dq = scale * sums, out of register order. `sums` lies in shared
+/// memory.
+template <class Traits>
+FLASH_DEVICE void round_dq_half(const BackwardParams& p, uint32_t sums, int head_index, int m_block,
+                                int half) {
+  const int lane = threadIdx.x % 32;
+  const int first_row =
+      m_block * Traits::kBlockM + (Traits::kDqSplitsRows ? half * 64 : 0) + lane / 4;
+  // Split by columns or not at all: the second half starts at column kHeadDim / 2.
+  const int column = (Traits::kDqSplitsRows ? 0 : half * (Traits::kHeadDim / 2)) + lane % 4 * 2;
+  const Sequence rows{0, head_index / p.num_heads, p.q_layout.max};
+  auto* dq = static_cast<uint16_t*>(p.dq.data) + p.dq.offset(rows, head_index % p.num_heads);
+  const float scale = static_cast<float>(p.softmax_scale);
+#pragma unroll 1
+  for (int c = 0; c < Traits::kDqSize / 1024; ++c) {  // 64 rows x 8 columns
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const uint32_t at = sums + lane * 16 + (c * 4 + w) * 512;
+      const float2 low = ptx::load_shared_v2(at), high = ptx::load_shared_v2(at + 8);
+      const int row = first_row + w * 16;
+      uint16_t* to = dq + row * p.dq.row_stride + column + c * 8;
+      if (column + c * 8 >= p.head_dim) continue;
+      using Element = typename Traits::Element;
+      if (row < p.q_layout.max)
+        *reinterpret_cast<uint32_t*>(to) = pack<Element>(low.x * scale, low.y * scale);
+      if (row + 8 < p.q_layout.max)
+        *reinterpret_cast<uint32_t*>(to + 8 * p.dq.row_stride) =
+            pack<Element>(high.x * scale, high.y * scale);
+    }
+  }
+}
+
+/// Two warps, `half` = 0 or 1. CTA i takes query blocks i, i + gridDim.x, ... of all heads:
+/// "whoever adds last converts" gives all of it to the slowest CTA.
+template <class Traits>
+FLASH_DEVICE void convert_dq(const BackwardParams& p, const BackwardSchedule& schedule,
+                             typename Traits::SharedStorage& shared, int half) {
+  constexpr int kSize = Traits::kDqSize / 2;
+  const int lane = threadIdx.x % 32, heads = p.batch * p.num_heads;
+  int parity = 0;
+#pragma unroll 1
+  for (int work = blockIdx.x; work < heads * schedule.num_m_blocks; work += gridDim.x) {
+    const int head_index = work / schedule.num_m_blocks, m_block = work % schedule.num_m_blocks;
+    const int dq_slot = head_index % schedule.dq_slots;
+    const int64_t block = int64_t{dq_slot} * schedule.num_m_blocks + m_block;
+    float* sums = schedule.dq_sums + block * Traits::kDqSize + half * kSize;
+    if (lane == 0) {
+      const Range adding = adding_blocks<Traits>(p, m_block);
+      const int needed = (head_index / schedule.dq_slots + 1) * (adding.end - adding.begin);
+      while (ptx::load_acquire(schedule.arrivals + block) < needed) __nanosleep(100);
+      ptx::fence_proxy_async_global();
+      ptx::mbarrier_expect_bytes(&shared.half_full[half], kSize * 4);
+      ptx::bulk_load(shared_address(shared.half_dq[half]), sums, kSize * 4,
+                     &shared.half_full[half]);
+    }
+    __syncwarp();
+    ptx::mbarrier_wait(&shared.half_full[half], parity);
+    parity ^= 1;
+    const bool is_reused = head_index + schedule.dq_slots < heads;
+    if (is_reused) {
+#pragma unroll 4
+      for (int i = lane; i < kSize / 4; i += 32)
+        __stcg(reinterpret_cast<float4*>(sums) + i, float4{});
+    }
+    round_dq_half<Traits>(p, shared_address(shared.half_dq[half]), head_index, m_block, half);
+    __syncwarp();
+    if (lane == 0 && is_reused) {
+      ptx::fence_gpu();
+      ptx::add_relaxed(schedule.cleared + dq_slot);
+    }
+  }
+}
+
+}  // namespace flash::cuda::sm90

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/launch.cuh"
+#include "cuda/sm90/backward.cuh"
+#include "cuda/sm90/backward_plan.h"
+#include "cuda/sm90/backward_prepare.cuh"
+#include "cuda/sm90/support.h"
+#include "cuda/sm90/tensor_map.h"
+
+namespace flash::cuda::sm90 {
+
+inline BackwardSchedule make_backward_schedule(const BackwardPlan& plan, bool deterministic,
+                                               void* workspace) {
+  const auto at = [&](int64_t bytes) { return static_cast<void*>((char*)workspace + bytes); };
+  BackwardSchedule schedule{};
+  schedule.num_m_blocks = plan.num_m_blocks;
+  schedule.num_n_blocks = plan.num_n_blocks;
+  schedule.num_tiles = plan.num_tiles;
+  schedule.dq_slots = plan.dq_slots;
+  schedule.fused = plan.fused;
+  schedule.ordered = deterministic;
+  schedule.last_first = plan.last_first;
+  schedule.lse_log2 = static_cast<float*>(workspace);
+  schedule.delta = static_cast<float*>(at(plan.delta_at));
+  schedule.dq_sums = static_cast<float*>(at(plan.dq_sums_at));
+  schedule.next_tile = static_cast<int*>(at(plan.counters_at));
+  schedule.arrivals = schedule.next_tile + 1;
+  schedule.cleared = schedule.arrivals + int64_t{plan.dq_slots} * plan.num_m_blocks;
+  return schedule;
+}
+
+template <class Traits>
+void launch_backward_traits(const BackwardParams& p, const BackwardPlan& plan, void* workspace,
+                            void* stream) {
+  const BackwardSchedule schedule = make_backward_schedule(plan, p.deterministic, workspace);
+  const TensorShape q{p.batch, p.num_heads, p.q_layout.max, p.head_dim};
+  const TensorShape k{p.batch, p.num_heads_k, p.k_layout.max, p.head_dim};
+  const TensorShape v{p.batch, p.num_heads_k, p.k_layout.max, p.head_dim_v};
+  const TensorShape dout{p.batch, p.num_heads, p.q_layout.max, p.head_dim_v};
+  const BackwardMaps maps{make_tensor_map(p.dtype, p.q, q, Traits::kBlockM),
+                          make_tensor_map(p.dtype, p.k, k, Traits::kBlockN),
+                          make_tensor_map(p.dtype, p.v, v, Traits::kBlockN),
+                          make_tensor_map(p.dtype, p.dout, dout, Traits::kBlockM)};
+  const int64_t query_blocks = int64_t{p.batch} * p.num_heads * plan.num_m_blocks;
+  launch(prepare_kernel<Traits>, query_blocks, 256, 0, stream, p, schedule);
+  launch(backward_kernel<Traits>, std::min(plan.num_tiles, num_multiprocessors()), Traits::kThreads,
+         sizeof(typename Traits::SharedStorage), stream, maps, p, schedule);
+  if (!plan.fused && p.dq.data)
+    launch(convert_kernel<Traits>, query_blocks, 64, 0, stream, p, schedule);
+}
+
+/// Element of the call; the row of the tile table is the plan's.
+template <int kHeadDim, class Tile>
+void launch_backward_tile(const BackwardParams& p, const BackwardPlan& plan, void* workspace,
+                          void* stream) {
+  if (p.dtype == DType::kBFloat16) {
+    launch_backward_traits<BackwardTraits<__nv_bfloat16, kHeadDim, Tile>>(p, plan, workspace,
+                                                                          stream);
+  } else {
+    launch_backward_traits<BackwardTraits<__half, kHeadDim, Tile>>(p, plan, workspace, stream);
+  }
+}
+
+}  // namespace flash::cuda::sm90

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Products and arithmetic of one warpgroup of the backward: 64 keys against a block of queries.
+// S and dP are computed transposed (rows = keys), so that P^T and dS^T are A fragments of dV and dK
+// without leaving the registers; only dS goes to shared memory, for dQ.
+// Accumulator 4 j + 2 r + c of a thread: key 16 warp + lane / 4 + 8 r, query 8 j + 2 (lane % 4) +
+// c.
+#pragma once
+
+#include "cuda/sm90/backward_traits.cuh"
+#include "primitives/numeric.cuh"
+#include "primitives/ptx/shared_memory.cuh"
+#include "primitives/ptx/stmatrix.cuh"
+
+namespace flash::cuda::sm90 {
+
+/// acc[64 keys x kBlockM queries] = A B^T: S^T = K Q^T or dP^T = V dO^T; one group of products.
+template <class Traits>
+FLASH_DEVICE void issue_keys_by_queries(float (&acc)[Traits::kBlockM / 2], uint32_t keys,
+                                        const uint16_t* queries) {
+  constexpr uint64_t kLayout = ptx::descriptor_layout(16, 1024);
+  const uint64_t a = ptx::descriptor(kLayout, keys);
+  const uint64_t b = ptx::descriptor(kLayout, shared_address(queries));
+  ptx::pin(acc);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < Traits::kHeadDim / 16; ++i) {
+    ptx::Wgmma<typename Traits::Element, Traits::kBlockM>::template ss<0, 0>(
+        acc, ptx::advance(a, ptx::k_major_step(i, Traits::kBlockN)),
+        ptx::advance(b, ptx::k_major_step(i, Traits::kBlockM)), i > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+/// acc[64 keys x kHeadDim] += fragment rows: dV += P^T dO or dK += dS^T Q; one group.
+template <class Traits>
+FLASH_DEVICE void issue_keys_by_depth(float (&acc)[Traits::kHeadDim / 2],
+                                      uint32_t (&fragment)[Traits::kBlockM / 4],
+                                      const uint16_t* rows) {
+  const uint64_t b =
+      ptx::descriptor(ptx::descriptor_layout(Traits::kBlockM * 128, 1024), shared_address(rows));
+  ptx::pin(acc);
+  ptx::pin(fragment);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < Traits::kBlockM / 16; ++i) {
+    ptx::Wgmma<typename Traits::Element, Traits::kHeadDim>::template rs<1>(
+        acc, &fragment[4 * i], ptx::advance(b, ptx::mn_major_step(i)), 1);
+  }
+  ptx::wgmma_commit();
+}
+
+/// acc = this warpgroup's 64 x kDqN share of dQ = dS K over all keys of the CTA; one group.
+template <class Traits>
+FLASH_DEVICE void issue_dq(float (&acc)[Traits::kDqN / 2], const uint16_t* ds, const uint16_t* k,
+                           int warpgroup) {
+  const uint32_t first_row = Traits::kDqSplitsRows ? warpgroup * 64 * 128 : 0;
+  const uint32_t first_chunk = Traits::kDqSplitsColumns ? warpgroup * Traits::kBlockN * 128 : 0;
+  const uint64_t a =
+      ptx::descriptor(ptx::descriptor_layout(16, 1024), shared_address(ds) + first_row);
+  const uint64_t b = ptx::descriptor(ptx::descriptor_layout(Traits::kBlockN * 128, 1024),
+                                     shared_address(k) + first_chunk);
+  ptx::pin(acc);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < Traits::kBlockN / 16; ++i) {
+    ptx::Wgmma<typename Traits::Element, Traits::kDqN>::template ss<0, 1>(
+        acc, ptx::advance(a, ptx::k_major_step(i, Traits::kBlockM)),
+        ptx::advance(b, ptx::mn_major_step(i)), i > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+/// S^T = -inf where the mask drops the pair. `key` is the first of this thread's two keys.
+template <int kBlockM>
+FLASH_DEVICE void mask_scores(const IntervalMask& transposed, float (&accS)[kBlockM / 2],
+                              int m_block, int key) {
+  const int first_query = m_block * kBlockM + (threadIdx.x & 3) * 2;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int k = key + 8 * r;
+    const bool exists = k < transposed.seqlen_q;  // rows of the transposed mask are keys
+    const int begin = exists ? transposed.key_begin(k) - first_query : 0;
+    const int end = exists ? transposed.key_end(k) - first_query : 0;
+#pragma unroll
+    for (int j = 0; j < kBlockM / 4; ++j) {
+      const int query = j / 2 * 8 + j % 2;
+      if (query < begin || query >= end) accS[j / 2 * 4 + r * 2 + j % 2] = -INFINITY;
+    }
+  }
+}
+
+/// P^T = exp2(c S^T - lse log2 e) in place. The exponent is cut at 0: the rounding of scores beyond
+/// 2^24 could otherwise make a weight of at most 1 infinite.
+template <int kBlockM>
+FLASH_DEVICE void probabilities(float (&accS)[kBlockM / 2], float scale_log2,
+                                const float* lse_log2) {
+  const uint32_t row_values = shared_address(lse_log2) + (threadIdx.x & 3) * 8;
+#pragma unroll
+  for (int j = 0; j < kBlockM / 8; ++j) {
+    const float2 lse = ptx::load_shared_v2(row_values + j * 32);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float exponent = fmaf(accS[4 * j + e], scale_log2, e & 1 ? -lse.y : -lse.x);
+      accS[4 * j + e] = exp2_approx(min_or_nan(exponent, 0.f));
+    }
+  }
+}
+
+template <class Element, int kCount>
+FLASH_DEVICE void to_fragment(uint32_t (&fragment)[kCount], const float (&values)[2 * kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) fragment[i] = pack<Element>(values[2 * i], values[2 * i + 1]);
+}
+
+/// dS^T = P^T (dP^T - delta) in place of dP^T.
+template <int kBlockM>
+FLASH_DEVICE void scores_gradient(const float (&accP)[kBlockM / 2], float (&accdP)[kBlockM / 2],
+                                  const float* delta) {
+  const uint32_t row_values = shared_address(delta) + (threadIdx.x & 3) * 8;
+#pragma unroll
+  for (int j = 0; j < kBlockM / 8; ++j) {
+    const float2 d = ptx::load_shared_v2(row_values + j * 32);
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      accdP[4 * j + e] = accP[4 * j + e] * (accdP[4 * j + e] - (e & 1 ? d.y : d.x));
+  }
+}
+/// The same from P in 16 bits: error of dS 3.0e-3 of its norm instead of 2.3e-3 (bf16).
+template <class Element, int kBlockM>
+FLASH_DEVICE void scores_gradient_16(const uint32_t (&rP)[kBlockM / 4], float (&accdP)[kBlockM / 2],
+                                     const float* delta) {
+  const uint32_t row_values = shared_address(delta) + (threadIdx.x & 3) * 8;
+#pragma unroll
+  for (int j = 0; j < kBlockM / 8; ++j) {
+    const float2 d = ptx::load_shared_v2(row_values + j * 32);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float2 weight = unpack<Element>(rP[2 * j + r]);
+      accdP[4 * j + 2 * r] = weight.x * (accdP[4 * j + 2 * r] - d.x);
+      accdP[4 * j + 2 * r + 1] = weight.y * (accdP[4 * j + 2 * r + 1] - d.y);
+    }
+  }
+}
+
+/// dS^T fragments to shared dS: rows = queries, the swizzled chunk of this warpgroup's 64 keys.
+template <int kBlockM>
+FLASH_DEVICE void put_ds(uint32_t chunk, const uint32_t (&rdS)[kBlockM / 4], int warp) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int j = 0; j < kBlockM / 16; ++j) {
+    const int query = j * 16 + (lane & 7) + (lane >> 4) * 8;
+    const int unit = (warp * 2 + (lane >> 3 & 1)) ^ (query & 7);
+    ptx::stmatrix_x4_transposed(chunk + query * 128 + unit * 16, &rdS[4 * j]);
+  }
+}
+
+/// Lane i of a quad gives v[0 ... 3] and gets v[i] of lanes 0 ... 3.
+FLASH_DEVICE void transpose_quad(uint32_t (&v)[4]) {
+  const bool is_odd = threadIdx.x & 1, is_high = threadIdx.x & 2;
+#pragma unroll
+  for (int j = 0; j < 4; j += 2) {
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, is_odd ? v[j] : v[j + 1], 1);
+    (is_odd ? v[j] : v[j + 1]) = got;
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, is_high ? v[j] : v[j + 2], 2);
+    (is_high ? v[j] : v[j + 2]) = got;
+  }
+}
+
+/// scale * acc to dK or dV of one key head, 16 bytes per lane and row. `key` as in mask_scores.
+template <class Traits>
+FLASH_DEVICE void store_key_rows(const TensorView& gradient, const BackwardTileId& tile,
+                                 const float (&acc)[Traits::kHeadDim / 2], float scale, int key,
+                                 int seqlen_k, int columns) {
+  if (!gradient.data) return;
+  const int column = (threadIdx.x & 3) * 8;
+  auto* to = static_cast<uint16_t*>(gradient.data) +
+             gradient.offset({0, tile.batch, seqlen_k}, tile.head_k) + key * gradient.row_stride +
+             column;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int c = 0; c < Traits::kHeadDim / 32; ++c) {
+      uint32_t v[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int i = (c * 4 + j) * 4 + r * 2;
+        v[j] = pack<typename Traits::Element>(acc[i] * scale, acc[i + 1] * scale);
+      }
+      transpose_quad(v);
+      if (key + r * 8 < seqlen_k && column + c * 32 < columns)
+        *reinterpret_cast<uint4*>(to + r * 8 * gradient.row_stride + c * 32) =
+            uint4{v[0], v[1], v[2], v[3]};
+    }
+  }
+}
+
+}  // namespace flash::cuda::sm90

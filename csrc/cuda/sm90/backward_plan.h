@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Host side of the backward: which row of the tile table, and what lies where in the workspace.
+#pragma once
+
+#include "attention/params.h"
+
+namespace flash::cuda::sm90 {
+
+enum class BackwardRow { kD64, kD64Short, kD128, kD128Short };
+
+struct BackwardPlan {
+  BackwardRow row;
+  int block_m, num_m_blocks, num_n_blocks, num_tiles, dq_slots;
+  bool fused, last_first;
+  int64_t delta_at, dq_sums_at, counters_at;  ///< bytes from the start; lse_log2 is at 0
+  int64_t bytes;
+};
+
+BackwardPlan make_backward_plan(const BackwardParams& p);
+
+}  // namespace flash::cuda::sm90

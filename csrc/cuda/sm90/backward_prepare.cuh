@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The kernels before and after the main one.
+#pragma once
+
+#include "cuda/sm90/backward_dq.cuh"
+
+namespace flash::cuda::sm90 {
+
+/// delta = rowsum(dO o O) - dLSE, lse log2 e, and zeros in the sums of dQ and in the counters. One
+/// CTA per block of queries and head. Rows that keep nothing (an infinite lse) get +inf: P = 0.
+template <class Traits>
+__global__ void __launch_bounds__(256)
+    prepare_kernel(const __grid_constant__ BackwardParams p,
+                   const __grid_constant__ BackwardSchedule schedule) {
+  using Element = typename Traits::Element;
+  constexpr int kBlockM = Traits::kBlockM, kLanes = Traits::kHeadDim / 8;
+  const int m_block = blockIdx.x % schedule.num_m_blocks;
+  const int head = blockIdx.x / schedule.num_m_blocks;  // of the whole batch
+  const int64_t block = blockIdx.x;
+  if (head < schedule.dq_slots) {
+    auto* sums = reinterpret_cast<float4*>(schedule.dq_sums + block * Traits::kDqSize);
+    for (int i = threadIdx.x; i < Traits::kDqSize / 4; i += blockDim.x) sums[i] = float4{};
+    if (threadIdx.x == 0) {
+      schedule.arrivals[block] = 0;
+      if (m_block == 0) schedule.cleared[head] = 0;
+      if (block == 0) *schedule.next_tile = 0;
+    }
+  }
+  const Sequence rows{0, head / p.num_heads, p.q_layout.max};
+  const int h = head % p.num_heads, lane = threadIdx.x % kLanes;
+  const auto* out = static_cast<const uint16_t*>(p.out.data) + p.out.offset(rows, h);
+  const auto* dout = static_cast<const uint16_t*>(p.dout.data) + p.dout.offset(rows, h);
+  const auto* lse = static_cast<const float*>(p.lse.data) + p.lse.offset(rows, h);
+  const auto* dlse =
+      p.dlse.data ? static_cast<const float*>(p.dlse.data) + p.dlse.offset(rows, h) : nullptr;
+  for (int i = threadIdx.x / kLanes; i < kBlockM; i += blockDim.x / kLanes) {
+    const int query = m_block * kBlockM + i;
+    float delta = 0.f, row_lse = INFINITY;
+    if (query < p.q_layout.max) {
+      if (lane * 8 < p.head_dim_v) {
+        const uint4 a = reinterpret_cast<const uint4*>(out + query * p.out.row_stride)[lane];
+        const uint4 b = reinterpret_cast<const uint4*>(dout + query * p.dout.row_stride)[lane];
+        const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float2 u = unpack<Element>(x[j]), v = unpack<Element>(y[j]);
+          delta += u.x * v.x + u.y * v.y;
+        }
+      }
+      if (!isinf(lse[query])) row_lse = lse[query] * 1.4426950408889634f;
+    }
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2)
+      delta += __shfl_xor_sync(0xffffffffu, delta, offset);
+    if (lane == 0) {
+      if (dlse && query < p.q_layout.max) delta -= dlse[query];
+      schedule.lse_log2[block * kBlockM + i] = row_lse;
+      schedule.delta[block * kBlockM + i] = delta;
+    }
+  }
+}
+
+/// dq = scale * sums, where no warp of the main kernel does it. Two warps, a half of a block each.
+template <class Traits>
+__global__ void __launch_bounds__(64)
+    convert_kernel(const __grid_constant__ BackwardParams p,
+                   const __grid_constant__ BackwardSchedule schedule) {
+  constexpr int kSize = Traits::kDqSize / 2;
+  __shared__ __align__(16) float half_dq[2][kSize];
+  const int half = threadIdx.x / 32;
+  const auto* sums = reinterpret_cast<const float4*>(
+      schedule.dq_sums + int64_t{blockIdx.x} * Traits::kDqSize + half * kSize);
+#pragma unroll 8
+  for (int i = threadIdx.x % 32; i < kSize / 4; i += 32)
+    reinterpret_cast<float4*>(half_dq[half])[i] = sums[i];
+  __syncwarp();
+  round_dq_half<Traits>(p, shared_address(half_dq[half]), blockIdx.x / schedule.num_m_blocks,
+                        blockIdx.x % schedule.num_m_blocks, half);
+}
+
+}  // namespace flash::cuda::sm90

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+
+#include "cuda/sm90/traits.cuh"
+
+namespace flash::cuda::sm90 {
+
+enum class DqOwner { kBothWarpgroups, kFirst };  // who computes dQ = dS K
+enum class DqOrder { kSameStep, kNextStep };  // when: in the step of its block, or under the next
+
+// Rows of the tile table: kBlockM queries of a step, against kBlockN = 128 keys of the CTA.
+// bf16, 16k tokens, hidden 2048, one H100; hopper.md 6.4 to 6.6 have what lost.
+struct BackwardTileD64 {  // dQ under the next step: +5-12 % from 4k
+  static constexpr int kBlockM = 128;
+  static constexpr DqOwner kDqOwner = DqOwner::kBothWarpgroups;
+  static constexpr DqOrder kDqOrder = DqOrder::kNextStep;
+};
+struct BackwardTileD64Short {  // +4-7 % at 512, and at 1k causal
+  static constexpr int kBlockM = 128;
+  static constexpr DqOwner kDqOwner = DqOwner::kBothWarpgroups;
+  static constexpr DqOrder kDqOrder = DqOrder::kSameStep;
+};
+struct BackwardTileD128 {  // +1-6 % full from 2k, +3-8 % causal from 8k
+  static constexpr int kBlockM = 64;
+  static constexpr DqOwner kDqOwner = DqOwner::kFirst;
+  static constexpr DqOrder kDqOrder = DqOrder::kSameStep;
+};
+struct BackwardTileD128Short {
+  static constexpr int kBlockM = 64;
+  static constexpr DqOwner kDqOwner = DqOwner::kBothWarpgroups;
+  static constexpr DqOrder kDqOrder = DqOrder::kSameStep;
+};
+
+template <class Element_, int kHeadDim_, class Tile>
+struct BackwardTraits : Tile {
+  using Element = Element_;
+  using Tile::kBlockM, Tile::kDqOwner, Tile::kDqOrder;
+  static constexpr int kHeadDim = kHeadDim_, kBlockN = 128, kStages = 2, kThreads = 384;
+  static constexpr int kChunks = kHeadDim / 64;
+  // Share of one warpgroup in dQ of a block, 64 x kDqN: half of the rows if there are 128, else
+  // half of the columns, or all of it.
+  static constexpr bool kDqSplitsRows = kBlockM == 128;
+  static constexpr bool kDqSplitsColumns = kBlockM == 64 && kDqOwner == DqOwner::kBothWarpgroups;
+  static constexpr int kDqN = kDqSplitsColumns ? kHeadDim / 2 : kHeadDim;
+  static constexpr int kDqSlices = kDqOwner == DqOwner::kBothWarpgroups ? 2 : 1;
+  static constexpr int kSliceSize = 64 * kDqN;
+  static constexpr int kDqSize = kBlockM * kHeadDim;  // floats of dQ of a block
+  // 24 registers spill in the roles of the first warpgroup, never in the loops of the others.
+  static constexpr bool kIsTight = kDqOrder == DqOrder::kNextStep;
+  static constexpr int kLoadRegisters = kDqOwner == DqOwner::kBothWarpgroups && !kIsTight ? 40 : 24;
+  static constexpr int kFirstRegisters = kIsTight                               ? 240
+                                         : kDqOwner == DqOwner::kBothWarpgroups ? 232
+                                                                                : 256;
+  static constexpr int kSecondRegisters = kIsTight                               ? 240
+                                          : kDqOwner == DqOwner::kBothWarpgroups ? 232
+                                                                                 : 224;
+  static_assert(kDqSlices * kSliceSize == kDqSize && kDqN % 64 == 0,
+                "the slices of dQ must cover it in whole chunks");
+
+  struct SharedStorage {
+    uint16_t k[kBlockN * kHeadDim];
+    uint16_t v[kBlockN * kHeadDim];
+    uint16_t q[kStages][kBlockM * kHeadDim];
+    uint16_t dout[kStages][kBlockM * kHeadDim];
+    uint16_t ds[kStages][kBlockM * kBlockN];  // rows = queries; chunk w = the keys of warpgroup w
+    float dq[kDqSize];                        // on its way to global memory
+    float half_dq[2][kDqSize / 2];            // being converted
+    float lse_log2[kStages][kBlockM], delta[kStages][kBlockM];
+    uint64_t k_full, k_empty, v_full, v_empty;
+    uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
+    uint64_t ds_full[kStages], half_full[2];
+    uint64_t tile_full[2], tile_empty[2];
+    int tile[2];  // index, -1: no more
+  };
+  static_assert(sizeof(SharedStorage) <= 232448, "exceeds the shared memory of one SM");
+};
+
+enum class NamedBarrier : int {
+  kDsWritten = 1,
+  kDqFull = 2,
+  kDqEmpty = 4
+};  // the last two: + slice
+
+/// What the pre-kernel prepares, and how the tiles are numbered.
+struct BackwardSchedule {
+  int num_m_blocks, num_n_blocks, num_tiles;
+  int dq_slots;  ///< heads in dq_sums: a ring that stays in L2, or all of them
+  bool fused;  ///< idle warps convert dQ; else a kernel does afterwards, and the ring has all heads
+  bool ordered;             ///< deterministic: key blocks add to dQ in turn
+  bool last_first;          ///< ordered causal: the last key block of a head first
+  float *lse_log2, *delta;  ///< (batch, num_heads, num_m_blocks * kBlockM): +inf, 0 in padding
+  float* dq_sums;           ///< (dq_slots, num_m_blocks, kDqSize) in register order
+  int* next_tile;           ///< 0 at launch
+  int* arrivals;            ///< (dq_slots, num_m_blocks), 0 at launch: additions to dQ
+  int* cleared;  ///< (dq_slots), 0 at launch: halves of query blocks converted and cleared
+};
+
+/// One key block of one key head; its query heads and their blocks of queries are looped over, so
+/// that dK and dV of a group leave once.
+struct BackwardTileId {
+  int n_block, head_k, batch;
+  Range visit, full;  ///< blocks of queries: all, and those without a masked pair
+};
+
+template <class Traits>
+FLASH_DEVICE BackwardTileId backward_tile(const BackwardParams& p, const BackwardSchedule& schedule,
+                                          int index) {
+  const int head = index / schedule.num_n_blocks;
+  int n_block = index % schedule.num_n_blocks;
+  if (schedule.last_first) n_block = schedule.num_n_blocks - 1 - n_block;
+  const IntervalMask mask = p.mask.of(p.q_layout.max, p.k_layout.max);
+  const BlockRanges blocks = mask.query_blocks<Traits::kBlockM, Traits::kBlockN>(n_block);
+  return {n_block, head % p.num_heads_k, head / p.num_heads_k, blocks.visit, blocks.full};
+}
+
+/// Key blocks that add to dQ of a block of queries. Exactly those whose tiles visit it, unless the
+/// window is empty (which this backend does not take).
+template <class Traits>
+FLASH_DEVICE Range adding_blocks(const BackwardParams& p, int m_block) {
+  const IntervalMask mask = p.mask.of(p.q_layout.max, p.k_layout.max);
+  return mask.key_blocks<Traits::kBlockM, Traits::kBlockN>(m_block).visit;
+}
+
+/// Next tile index for one warp of a consumer; -1 at the end.
+template <class Shared>
+FLASH_DEVICE int next_tile(Shared& shared, Ring<2>& slot) {
+  ptx::mbarrier_wait(&shared.tile_full[slot.stage], slot.parity);
+  const int index = shared.tile[slot.stage];
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.tile_empty[slot.stage]);
+  slot.advance();
+  return to_uniform(index);
+}
+
+}  // namespace flash::cuda::sm90

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "cuda/sm90/support.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+
+#include "cuda/sm90/tensor_map.h"
+
+namespace flash::cuda::sm90 {
+namespace {
+
+int smallest_bucket(const ForwardParams& p, std::initializer_list<int> buckets) {
+  const int head_dim = std::max(p.head_dim, p.head_dim_v);
+  for (int bucket : buckets)
+    if (head_dim <= bucket) return bucket;
+  return 0;
+}
+
+std::vector<std::string> why_unsupported(const ForwardParams& p, int bucket, int largest) {
+  std::vector<std::string> reasons;
+  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16)
+    reasons.push_back("the dtype is neither float16 nor bfloat16");
+  if (bucket == 0) reasons.push_back("a head dim is larger than " + std::to_string(largest));
+  if (p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0 || p.head_dim == 0 || p.head_dim_v == 0)
+    reasons.push_back("a head dim is not a positive multiple of 8");
+  if (p.variant() != Variant::kPlain)
+    reasons.push_back(
+        "a mask tensor, bias, ALiBi, softcap, sink, dropout or a scale that is not positive is "
+        "set");
+  if (p.q_layout.packed() || p.k_layout.packed() || p.q_layout.seqused || p.k_layout.seqused)
+    reasons.push_back("the batch is packed or has lengths of its own");
+  if (!reasons.empty()) return reasons;
+  const TensorShape q{p.batch, p.num_heads, p.q_layout.max, p.head_dim};
+  const TensorShape k{p.batch, p.num_heads_k, p.k_layout.max, p.head_dim};
+  TensorShape v = k, out = q;
+  v.columns = out.columns = p.head_dim_v;
+  for (const std::string& reason :
+       {why_no_tensor_map("q", p.q, q), why_no_tensor_map("k", p.k, k),
+        why_no_tensor_map("v", p.v, v), why_no_tensor_map("out", p.out, out)})
+    if (!reason.empty()) reasons.push_back(reason);
+  return reasons;
+}
+
+}  // namespace
+
+int forward_head_dim(const ForwardParams& p) { return smallest_bucket(p, {64, 96, 128, 192, 256}); }
+int backward_head_dim(const ForwardParams& p) { return smallest_bucket(p, {64, 128}); }
+
+std::vector<std::string> why_forward_unsupported(const ForwardParams& p) {
+  return why_unsupported(p, forward_head_dim(p), 256);
+}
+std::vector<std::string> why_backward_unsupported(const ForwardParams& p) {
+  std::vector<std::string> reasons = why_unsupported(p, backward_head_dim(p), 128);
+  if (p.mask.window_left < IntervalMask::kUnbounded &&
+      p.mask.window_right < IntervalMask::kUnbounded &&
+      p.mask.window_left + p.mask.window_right < 0)
+    reasons.push_back("the window is empty");
+  return reasons;
+}
+
+bool gradients_are_aligned(const BackwardParams& p) {
+  const TensorShape q{p.batch, p.num_heads, p.q_layout.max, p.head_dim};
+  const TensorShape k{p.batch, p.num_heads_k, p.k_layout.max, p.head_dim};
+  TensorShape v = k, dout = q;
+  v.columns = dout.columns = p.head_dim_v;
+  return why_no_tensor_map("dout", p.dout, dout).empty() &&
+         why_no_tensor_map("dq", p.dq, q).empty() && why_no_tensor_map("dk", p.dk, k).empty() &&
+         why_no_tensor_map("dv", p.dv, v).empty();
+}
+
+int64_t forward_workspace_bytes(const ForwardParams&) { return sizeof(unsigned); }
+
+int num_multiprocessors() {
+  static std::array<std::atomic<int>, 64> counts{};
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  if (device < int(counts.size())) count = counts[device].load(std::memory_order_relaxed);
+  if (count == 0) {
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    if (device < int(counts.size())) counts[device].store(count, std::memory_order_relaxed);
+  }
+  return count;
+}
+
+}  // namespace flash::cuda::sm90

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What dispatch knows of the Hopper kernels. Host only.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "attention/params.h"
+
+namespace flash::cuda::sm90 {
+
+/// Why the kernels cannot take a problem; empty: they can. The compute capability is the caller's
+/// to check.
+std::vector<std::string> why_forward_unsupported(const ForwardParams& p);
+/// As far as the parameters of the forward tell.
+std::vector<std::string> why_backward_unsupported(const ForwardParams& p);
+/// Whether dout and the gradients start and step at multiples of 16 bytes.
+bool gradients_are_aligned(const BackwardParams& p);
+
+/// Smallest compiled head dim that holds both; 0: none. Forward: 64, 96, 128, 192, 256; backward:
+/// 64, 128.
+int forward_head_dim(const ForwardParams& p);
+int backward_head_dim(const ForwardParams& p);
+
+int64_t forward_workspace_bytes(const ForwardParams& p);
+int64_t backward_workspace_bytes(const BackwardParams& p);
+
+/// Multiprocessors of the current device.
+int num_multiprocessors();
+
+/// Defined in instances/sm90_*_d*.cu for the head dims above. The backward computes its own delta
+/// from out, dout and dlse.
+template <int kHeadDim>
+void launch_forward(const ForwardParams& p, void* workspace, void* stream);
+template <int kHeadDim>
+void launch_backward(const BackwardParams& p, void* workspace, void* stream);
+
+}  // namespace flash::cuda::sm90
