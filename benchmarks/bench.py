@@ -50,6 +50,13 @@ def choose_cases(arguments: argparse.Namespace) -> list[Case]:
     return sorted(cases, key=lambda case: case.flops)
 
 
+def time_share(cases: list[Case], seconds: float) -> float:
+    """What of the seconds left the first case gets: by its work, but not next to nothing."""
+    floor = max(case.flops for case in cases) / 20
+    weights = [max(case.flops, floor) for case in cases]
+    return 0.6 * seconds * weights[0] / sum(weights)  # the rest: calibration and warm-up
+
+
 def largest_error(case: Case, rival: Rival, device: torch.device) -> float | None:
     """max |out - formula in fp64| of a case without dropout and of moderate size."""
     if case.dropout_p > 0 or case.score_bytes > 2**29:
@@ -115,7 +122,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             if left <= 0:
                 report["not_run"] += [c.name for c in cases[position:]]
                 break
-        share = 4.0 if left is None else max(0.0, left / (len(cases) - position) - warmup)
+        share = 4.0 if left is None else time_share(cases[position:], left) - warmup
         plan = timing.Plan(
             device, seconds=share, rounds=arguments.rounds, warmup_s=warmup, seed=arguments.seed
         )

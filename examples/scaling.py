@@ -104,7 +104,7 @@ def _steps(config: Config, name: str, device: torch.device, seconds: float) -> f
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < 3 or (time.perf_counter() < end and len(times) < 50):
+    while len(times) < 2 or (time.perf_counter() < end and len(times) < 50):
         begin = time.perf_counter()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             loss = model.loss(tokens)
