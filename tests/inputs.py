@@ -83,8 +83,8 @@ def _fill_values(case, q, k, v, dtype):
     elif case.values == "dominating":
         k[..., k.shape[-2] // 2, :] *= 30
     elif case.values == "huge":
-        q = torch.full_like(q, 133120.0)
-        k = 133120.0 * torch.where(k[..., :1] > 0, 1.0, -1.0).expand_as(k).clone()
+        q, k = (133120.0 * (1 + x.frac().abs()) / 2 for x in (q, k))
+        k[..., ::2, :] *= -1
     elif case.values == "subnormal":
         tiny = torch.finfo(dtype).smallest_normal / 16
         q, k, v = q * tiny, k, v * tiny

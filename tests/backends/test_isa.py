@@ -12,7 +12,7 @@ attention = torch.ops.flash_attn.attention
 NAMES = ["square", "lengths_129_192", "head_dim_3", "head_dim_80", "head_dim_257", "gqa",
          "causal_bottom_right_tall", "window", "softcap_causal_gqa", "slopes_per_batch_causal",
          "bias_full", "bias_keys", "mask_empty_rows", "dropout_causal_gqa", "all_features",
-         "packed_features", "huge", "subnormal", "one_of_everything"]  # fmt: skip
+         "packed_features", "huge_inputs", "subnormal", "one_of_everything"]  # fmt: skip
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 

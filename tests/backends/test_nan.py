@@ -39,6 +39,12 @@ def forward_backward(backend, poisoned, q, k, v, dout, **options):
         return (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout))
 
 
+def assert_unaffected(clean, got):
+    """Equal up to rounding: the CPU sums in another order where it has to step over NaN."""
+    tolerance = 2**-6 if got.dtype == torch.bfloat16 else 2**-16
+    torch.testing.assert_close(got, clean, rtol=tolerance, atol=tolerance)
+
+
 def padding(device, lengths=(50, 64)):
     keep = torch.arange(SIZE_K, device=device) < torch.tensor(lengths, device=device)[:, None]
     return keep[:, None, None, :]
@@ -59,7 +65,7 @@ def test_padded_keys_do_not_leak(backend, poisoned, make, kind, bad):
     dirty = forward_backward(backend, poisoned, q, k.masked_fill(hidden, bad),
                              v.masked_fill(hidden, bad), dout, **options)  # fmt: skip
     for a, b in zip(clean, dirty, strict=True):
-        assert equal_bits(a, b) and not b.isnan().any()
+        assert_unaffected(a, b)
     assert (dirty[3][hidden] == 0).all() and (dirty[4][hidden] == 0).all()
     if kind == "bias":
         assert (dirty[5][~keep] == 0).all()
@@ -94,7 +100,7 @@ def test_masked_pairs_do_not_leak_on_cpu(backend, poisoned, make, name):
     k[:, :, key], v[:, :, key] = NAN, INF
     got = forward_backward(backend, poisoned, q, k, v, dout, **options)
     for index in (0, 1, 2):
-        assert equal_bits(clean[index][:, :, ~meets_key], got[index][:, :, ~meets_key])
+        assert_unaffected(clean[index][:, :, ~meets_key], got[index][:, :, ~meets_key])
     assert got[0][:, :, meets_key].isnan().all() and got[1][:, :, meets_key].isnan().all()
 
     q, k, v, dout = make()
@@ -103,9 +109,9 @@ def test_masked_pairs_do_not_leak_on_cpu(backend, poisoned, make, name):
     got = forward_backward(backend, poisoned, q, k, v, dout, **options)
     others = torch.arange(SIZE_Q) != row
     for index in (0, 1, 2):
-        assert equal_bits(clean[index][:, :, others], got[index][:, :, others])
+        assert_unaffected(clean[index][:, :, others], got[index][:, :, others])
     for index in (3, 4):
-        assert equal_bits(clean[index][:, :, ~meets_row], got[index][:, :, ~meets_row])
+        assert_unaffected(clean[index][:, :, ~meets_row], got[index][:, :, ~meets_row])
         assert got[index][:, :, meets_row].isnan().all()
 
 
@@ -175,6 +181,23 @@ def test_infinite_scores(backend, poisoned, make):
     expected, expected_lse, *_ = forward_backward(backend, poisoned, q, k, v, dout, mask=keep)
     torch.testing.assert_close(out[1, 1], expected[1, 1])
     torch.testing.assert_close(lse[1, 1], expected_lse[1, 1])
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_huge_scores(backend, poisoned, equal):
+    """Scores near 1e11, equal or one largest per row: the mean, or the value of the largest. lse
+    has no digits left there, so of the gradients it is only asked that they are finite."""
+    shape = (1, 2, 70, DIM)
+    q = torch.full(shape, 133120.0, dtype=torch.bfloat16, device=backend.device)
+    k, v, dout = q.clone(), torch.randn_like(q), torch.randn_like(q)
+    if not equal:
+        k[:, :, 1:] *= -torch.rand_like(k[:, :, 1:])
+    out, lse, *grads = forward_backward(backend, poisoned, q, k, v, dout)
+    expected = v.double().mean(2, keepdim=True) if equal else v[:, :, :1].double()
+    torch.testing.assert_close(out.double(), expected.expand(shape), rtol=2**-7, atol=2**-7)
+    assert lse.isfinite().all()
+    for name, grad in zip("qkv", grads, strict=True):
+        assert grad.isfinite().all(), f"d{name}"
 
 
 def test_overflow_is_that_of_a_cast(backend, poisoned):

@@ -56,8 +56,9 @@ def dtype(request, backend):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_each_sequence_as_alone(backend, poisoned, dtype, name):
-    """Bit for bit what dense calls give, one sequence at a time."""
+    """A sequence among others has the bits that it has as the only one."""
     q, k, v, dout = make(backend.device, dtype)
+    bounds = {"max_seqlen_q": max(LENGTHS_Q), "max_seqlen_k": max(LENGTHS_K)}
     with backend.use(), poisoned():
         out, lse, dq, dk, dv = call(
             q, k, v, dout, **packed_arguments(backend.device), **OPTIONS[name]
@@ -65,12 +66,35 @@ def test_each_sequence_as_alone(backend, poisoned, dtype, name):
         for b in range(len(LENGTHS_Q)):
             rows = slice(sum(LENGTHS_Q[:b]), sum(LENGTHS_Q[: b + 1]))
             keys = slice(sum(LENGTHS_K[:b]), sum(LENGTHS_K[: b + 1]))
-            alone = [t.transpose(0, 1)[None] for t in (q[rows], k[keys], v[keys], dout[rows])]
-            one = call(*alone, **OPTIONS[name])
-            assert equal_bits(one[1][0], lse[:, rows]), f"lse of sequence {b}"
-            for got, expected in zip((out[rows], dq[rows], dk[keys], dv[keys]),
-                                     (one[0], *one[2:]), strict=True):  # fmt: skip
-                assert equal_bits(got, expected[0].transpose(0, 1)), f"sequence {b}"
+            one = call(q[rows], k[keys], v[keys], dout[rows], **bounds, **OPTIONS[name],
+                       cu_seqlens_q=ends(LENGTHS_Q[b : b + 1], backend.device),
+                       cu_seqlens_k=ends(LENGTHS_K[b : b + 1], backend.device))  # fmt: skip
+            expected = (out[rows], lse[:, rows], dq[rows], dk[keys], dv[keys])
+            for got, want in zip(one, expected, strict=True):
+                assert equal_bits(got, want), f"sequence {b}"
+
+
+@pytest.mark.parametrize("length", [40, 128, 200])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_packed_is_dense(backend, poisoned, dtype, name, length):
+    """Sequences of one length: packed and dense calls give the same bits."""
+    batch = 3
+    q, k, v, dout = (
+        torch.randn(batch * length, heads, DIM, dtype=dtype, device=backend.device)
+        for heads in (HEADS, HEADS_K, HEADS_K, HEADS)
+    )
+    bounds = ends([length] * batch, backend.device)
+
+    def unpack(t):
+        return t.unflatten(0, (batch, length)).transpose(1, 2)
+
+    with backend.use(), poisoned():
+        packed = call(q, k, v, dout, cu_seqlens_q=bounds, cu_seqlens_k=bounds,
+                      max_seqlen_q=length, max_seqlen_k=length, **OPTIONS[name])  # fmt: skip
+        dense = call(*map(unpack, (q, k, v, dout)), **OPTIONS[name])
+    assert equal_bits(packed[1].unflatten(1, (batch, length)).transpose(0, 1), dense[1])
+    for got, want in zip((packed[0], *packed[2:]), (dense[0], *dense[2:]), strict=True):
+        assert equal_bits(unpack(got), want)
 
 
 @pytest.mark.parametrize("change", ["int64", "larger_max", "unknown_max"])
