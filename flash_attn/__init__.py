@@ -14,20 +14,12 @@ __path__ = extend_path(__path__, __name__)
 
 __version__ = "2.8.3"
 
-from . import nn
+from . import nn, reference
+from ._backends import can_use, use_backend, use_cpu_isa
 from ._ops import build_info
+from ._patch import disable_sdpa_patch, enable_sdpa_patch, sdpa_patch
 from .flash_attn_interface import flash_attn_func, flash_attn_varlen_func
-from .sdpa import (
-    attention,
-    can_use,
-    disable_sdpa_patch,
-    dropout_mask,
-    enable_sdpa_patch,
-    scaled_dot_product_attention,
-    sdpa_patch,
-    use_backend,
-    use_cpu_isa,
-)
+from .sdpa import attention, dropout_mask, scaled_dot_product_attention
 
 __all__ = [
     "__version__",
@@ -40,6 +32,7 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_varlen_func",
     "nn",
+    "reference",
     "scaled_dot_product_attention",
     "sdpa_patch",
     "use_backend",

@@ -4,25 +4,21 @@
 C++ autograd Functions refuse functorch transforms, so `attention` and `attention_weights` call the
 C++ op where no transform is active and a Python `torch.autograd.Function` over the raw forward and
 backward ops where one is. The backward is a Function of its own, since jacrev and vmap(grad(f)) map
-over it.
-
-vmap folds the mapped dimension into one that the op already has, so N samples cost one call: into
-the batch of dense tensors (a view, where the mapped dimension leads), or, for packed tensors and
-where there are sinks, which have no batch dimension, into the heads. What cannot be folded
-(mapped sequence bounds, a dropout mask shared by all samples) runs sample by sample.
+over it. How a vmap becomes one call is in _vmap.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _ops as _ops  # loads the extension, which registers torch.ops.flash_attn
+from ._vmap import Call, Fold, Tensors, as_tensors, each_sample
 
 __all__ = ["attention", "attention_weights", "draw_rng_state"]
 
@@ -36,35 +32,6 @@ NO_RANDOMNESS = (
     "vmap: called random operation while in randomness error mode. Please either use the 'same' "
     "or 'different' randomness flags on vmap or perform the randomness operation out of vmap"
 )
-
-
-class Tensors(NamedTuple):
-    """The tensor arguments of the forward op, in its order."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None = None
-    mask: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-    sink: Tensor | None = None
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-    seqused_q: Tensor | None = None
-    seqused_k: Tensor | None = None
-    rng_state: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a Function needs besides tensors. `drawn`: rng_state was drawn for this very call, so
-    vmap's randomness="different" is free to give every sample a mask of its own."""
-
-    scalars: tuple[Any, ...]
-    dropout_p: float
-    drawn: bool
-    deterministic: bool = False
-    average: bool = False
 
 
 def attention(
@@ -108,7 +75,7 @@ def attention(
     if not transforming():
         out, lse = torch.ops.flash_attn.attention(*tensors, *scalars, deterministic)
         return out, lse
-    call = _Call(scalars, dropout_p, rng_state_drawn, deterministic)
+    call = Call(scalars, dropout_p, rng_state_drawn, deterministic)
     out, lse = _apply(_Attention, *autocast(*tensors[:4]), *tensors[4:], call)
     return out, lse
 
@@ -138,7 +105,7 @@ def attention_weights(
     if not transforming():
         weights: Tensor = torch.ops.flash_attn.attention_weights(*tensors, *scalars, average)
         return weights
-    call = _Call(scalars, dropout_p, rng_state_drawn, average=average)
+    call = Call(scalars, dropout_p, rng_state_drawn, average=average)
     q, k, bias = autocast(q, k, bias)
     weights = _apply(_Weights, q, k, lse, bias, mask, alibi_slopes, rng_state, call)
     return weights
@@ -220,9 +187,9 @@ class _Attention(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         *tensors, call = args
         given, dims = Tensors(*tensors), Tensors(*in_dims[:-1])
-        fold = _Fold.of(info, given, dims, call, drawn_inside=True)
+        fold = Fold.of(info, given, dims, call, drawn_inside=True)
         if fold is None:
-            return _each_sample(_Attention, info.batch_size, in_dims, args)
+            return each_sample(partial(_apply, _Attention), info.batch_size, in_dims, args)
         out, lse = _apply(_Attention, *fold.tensors(given, dims), call)
         outputs = fold.unfold(out, fold.axis("q")), fold.unfold(lse, fold.axis("lse"))
         return outputs, (fold.axis("q"), fold.axis("lse"))
@@ -252,9 +219,11 @@ class _AttentionBackward(torch.autograd.Function):
         dout_dim, dlse_dim, *tensor_dims, out_dim, lse_dim, _, _ = in_dims
         given, dims = Tensors(*tensors), Tensors(*tensor_dims)
         # Where out is not mapped, the forward ran outside of this vmap: one mask for all samples.
-        fold = _Fold.of(info, given, dims, call, drawn_inside=out_dim is not None)
+        fold = Fold.of(info, given, dims, call, drawn_inside=out_dim is not None)
         if fold is None:
-            outputs, _ = _each_sample(_AttentionBackward, info.batch_size, in_dims, args)
+            outputs, _ = each_sample(
+                partial(_apply, _AttentionBackward), info.batch_size, in_dims, args
+            )
             return outputs, tuple(0 if needed else None for needed in needs)
         results = _apply(
             _AttentionBackward,
@@ -297,10 +266,10 @@ class _Weights(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         _, _, lse, _, _, _, rng_state, call = args
-        given, dims = _as_tensors(args[:-1]), _as_tensors(in_dims[:-1])
-        fold = _Fold.of(info, given, dims, call, drawn_inside=True)
+        given, dims = as_tensors(args[:-1]), as_tensors(in_dims[:-1])
+        fold = Fold.of(info, given, dims, call, drawn_inside=True)
         if fold is None:
-            return _each_sample(_Weights, info.batch_size, in_dims, args)
+            return each_sample(partial(_apply, _Weights), info.batch_size, in_dims, args)
         t = Tensors(*fold.tensors(given, dims))
         lse = fold.fold("lse", lse, in_dims[2])
         weights = _apply(
@@ -328,10 +297,12 @@ class _WeightsBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         dweights, _, _, lse, bias, _, _, rng_state, call = args
-        given, dims = _as_tensors(args[1:-1]), _as_tensors(in_dims[1:-1])
-        fold = _Fold.of(info, given, dims, call, drawn_inside=in_dims[3] is not None)
+        given, dims = as_tensors(args[1:-1]), as_tensors(in_dims[1:-1])
+        fold = Fold.of(info, given, dims, call, drawn_inside=in_dims[3] is not None)
         if fold is None:
-            outputs, _ = _each_sample(_WeightsBackward, info.batch_size, in_dims, args)
+            outputs, _ = each_sample(
+                partial(_apply, _WeightsBackward), info.batch_size, in_dims, args
+            )
             return outputs, (0, 0, 0, None if bias is None else 0)
         t = Tensors(*fold.tensors(given, dims, dbias=True))
         dq, dk, dlse, dbias = _apply(
@@ -405,127 +376,3 @@ _WITH_JVP: dict[type[torch.autograd.Function], type[torch.autograd.Function]] = 
     _WeightsBackward: _WeightsBackwardWithJvp,
     _DrawRngState: _DrawRngStateWithJvp,
 }
-
-
-@dataclass(frozen=True)
-class _Fold:
-    """N samples as one call: the mapped dimension goes in front of the batch or the heads, and
-    the two become one."""
-
-    samples: int
-    by_heads: bool
-    packed: bool
-    full: int  # size of the dimension folded into: batch, or query heads
-
-    @staticmethod
-    def of(
-        info: Any, tensors: Tensors, dims: Any, call: _Call, *, drawn_inside: bool
-    ) -> _Fold | None:
-        """None where only sample after sample gives the right answer."""
-        packed = tensors.cu_seqlens_q is not None
-        by_heads = packed or tensors.sink is not None
-        if dims.cu_seqlens_q is not None or dims.cu_seqlens_k is not None:
-            return None
-        if by_heads and (dims.seqused_q is not None or dims.seqused_k is not None):
-            return None
-        own_mask = call.drawn and drawn_inside and info.randomness == "different"
-        if call.dropout_p > 0 and (dims.rng_state is not None or not own_mask):
-            return None
-        axis = 1 if by_heads else 0
-        q_shape = list(tensors.q.shape)
-        if dims.q is not None:
-            del q_shape[dims.q % len(q_shape)]
-        return _Fold(info.batch_size, by_heads, packed, q_shape[axis])
-
-    def axis(self, name: str) -> int:
-        """The dimension of an unmapped tensor that its samples are folded into."""
-        if not self.by_heads or name == "sink":
-            return 0
-        if name == "lse":
-            return 0 if self.packed else 1
-        return -1 if name == "alibi_slopes" else 1
-
-    def fold(self, name: str, x: Tensor | None, dim: int | None, *, always: bool = True) -> Any:
-        """Folds x, mapped along `dim`. Unless `always`, what broadcasts anyway stays as it is."""
-        if x is None:
-            return None
-        given, axis = x, self.axis(name)
-        x = x.movedim(dim, 0) if dim is not None else x[None]  # the samples in front
-        if name == "alibi_slopes" and not self.by_heads and x.dim() == 2:
-            x, broadcasts = x[:, None], True  # (N, H): the same for every sequence of the batch
-        else:
-            broadcasts = name in ("bias", "mask") and x.shape[axis + 1] == 1
-        if dim is None and not always and broadcasts:
-            return given
-        axis = axis if axis >= 0 else x.dim() - 1 + axis
-        shape = [self.samples, *x.shape[1:]]
-        shape[axis + 1] = self.full if broadcasts else shape[axis + 1]
-        return x.expand(shape).movedim(0, axis).flatten(axis, axis + 1)
-
-    def tensors(
-        self,
-        tensors: Tensors,
-        dims: Any,
-        *,
-        dbias: bool = False,
-        dslopes: bool = False,
-        dsink: bool = False,
-    ) -> list[Any]:
-        """All of a call's tensors. A gradient is wanted per sample, so its input is folded even
-        where it would broadcast."""
-        always = {"bias": dbias, "mask": False, "alibi_slopes": dslopes}
-        result = []
-        for name, x, dim in zip(Tensors._fields, tensors, dims, strict=True):
-            by_sequence = name.startswith(("cu_seqlens", "seqused"))
-            if name == "rng_state" or (self.by_heads and by_sequence):
-                result.append(x)
-            else:
-                result.append(self.fold(name, x, dim, always=always.get(name, True)))
-        return result
-
-    def unfold(self, y: Tensor, axis: int) -> Tensor:
-        shape = list(y.shape)
-        shape[axis : axis + 1] = [self.samples, y.shape[axis] // self.samples]
-        return y.view(shape)
-
-    def gradient(
-        self, name: str, gradient: Tensor, given: Tensor, dim: int | None
-    ) -> tuple[Tensor, int]:
-        """A folded gradient as (one per sample, its mapped dimension), in the input's own shape."""
-        axis = self.axis(name) % gradient.dim()
-        gradient = self.unfold(gradient, axis)
-        rank = given.dim() - (dim is not None)
-        if gradient.dim() - 1 > rank:  # slopes (H) that were repeated over the batch
-            return gradient.sum(axis + 1), axis
-        sizes = list(given.shape)
-        if dim is not None:
-            del sizes[dim % len(sizes)]
-        if sizes[axis] != gradient.shape[axis + 1]:
-            gradient = gradient.sum(axis + 1, keepdim=True)
-        return gradient, axis
-
-
-def _as_tensors(weights_inputs: Any) -> Any:
-    """(q, k, lse, bias, mask, alibi_slopes, rng_state) in the places of `Tensors`; v is k there."""
-    q, k, _, bias, mask, alibi_slopes, rng_state = weights_inputs
-    return Tensors(q, k, k, bias, mask, alibi_slopes, rng_state=rng_state)
-
-
-def _each_sample(
-    function: type[torch.autograd.Function], samples: int, in_dims: Any, args: tuple[Any, ...]
-) -> tuple[Any, Any]:
-    """One call per sample, the results stacked in front."""
-    results = [
-        _apply(
-            function,
-            *(
-                x.select(dim, i) if isinstance(dim, int) else x
-                for x, dim in zip(args, in_dims, strict=True)
-            ),
-        )
-        for i in range(samples)
-    ]
-    if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    columns = tuple(torch.stack(column) for column in zip(*results, strict=True))
-    return columns, (0,) * len(columns)

@@ -7,33 +7,20 @@ Source: Dao, FlashAttention-2 (2023), algorithms 1 and 2; the formula is `flash_
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nested._internal.nested_tensor import NestedTensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _transforms
-from ._ops import _C, why_unsupported
 
-__all__ = [
-    "attention",
-    "can_use",
-    "disable_sdpa_patch",
-    "dropout_mask",
-    "enable_sdpa_patch",
-    "scaled_dot_product_attention",
-    "sdpa_patch",
-    "use_backend",
-    "use_cpu_isa",
-]
+__all__ = ["attention", "dropout_mask", "scaled_dot_product_attention"]
 
-_builtin_sdpa = torch._C._nn.scaled_dot_product_attention
+builtin_sdpa = torch._C._nn.scaled_dot_product_attention
 _broadcast_shapes: Callable[..., torch.Size] = torch.broadcast_shapes
-_functional: Any = torch.nn.functional
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -77,9 +64,9 @@ def scaled_dot_product_attention(
     """
     tensors = (query, key, value, attn_mask)
     if has_torch_function(tensors):
-        if query.is_nested or key.is_nested or value.is_nested:
+        if any(isinstance(t, NestedTensor) for t in (query, key, value)):
             # A jagged tensor recognises the builtin alone.
-            return _builtin_sdpa(
+            return builtin_sdpa(
                 query, key, value, attn_mask, dropout_p, is_causal,
                 scale=scale, enable_gqa=enable_gqa,
             )  # fmt: skip
@@ -94,7 +81,7 @@ def scaled_dot_product_attention(
         )  # fmt: skip
         return result
     if query.is_nested or key.is_nested or value.is_nested:
-        return _builtin_sdpa(
+        return builtin_sdpa(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if _transforms.transforming():
@@ -120,7 +107,7 @@ def _causal_bias_sdpa(
     """A CausalBias is a causal mask by name; its numbers are never made."""
     if is_causal:
         raise ValueError("CausalBias should not be used with causal=True")
-    _check_causal_bias(query, key, value, bias)
+    check_causal_bias(query, key, value, bias)
     if bias.variant == CausalVariant.UPPER_LEFT or bias.seq_len_q == bias.seq_len_kv:
         return scaled_dot_product_attention(
             query, key, value, None, dropout_p, True, scale=scale, enable_gqa=enable_gqa
@@ -135,7 +122,7 @@ def _causal_bias_sdpa(
     )  # fmt: skip
 
 
-def _check_causal_bias(query: Tensor, key: Tensor, value: Tensor, bias: CausalBias) -> None:
+def check_causal_bias(query: Tensor, key: Tensor, value: Tensor, bias: CausalBias) -> None:
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
             "Expected query, key, and value to have the same dtype, "
@@ -231,7 +218,7 @@ def attention(
         ValueError: any other `causal`; tensors that are not 4-D.
         RuntimeError: shapes, dtypes or devices that do not fit.
     """
-    _check_causal(causal)
+    check_causal(causal)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:
             raise ValueError(
@@ -240,14 +227,14 @@ def attention(
             )
     out, lse = _attend(
         q, k, v,
-        bias=_four_dims("bias", bias), mask=_four_dims("mask", mask), dropout_p=dropout_p,
+        bias=four_dims("bias", bias), mask=four_dims("mask", mask), dropout_p=dropout_p,
         rng_state=rng_state, scale=scale, deterministic=deterministic,
         bottom_right=causal == "bottom_right", window_right=0 if causal is not None else None,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
-def _check_causal(causal: object) -> None:
+def check_causal(causal: object) -> None:
     choices = "'top_left' (query i sees keys j <= i) or 'bottom_right' (keys j <= i + S - L)"
     if isinstance(causal, bool):
         raise TypeError(
@@ -258,13 +245,13 @@ def _check_causal(causal: object) -> None:
         raise ValueError(f"flash_attn: expected causal to be None, {choices}, got {causal!r}")
 
 
-def _scale(q: Tensor, scale: float | None) -> float:
+def default_scale(q: Tensor, scale: float | None) -> float:
     if scale is not None:
         return scale
     return 1 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
 
 
-def _four_dims(name: str, x: Tensor | None) -> Tensor | None:
+def four_dims(name: str, x: Tensor | None) -> Tensor | None:
     if x is None or x.dim() == 4:
         return x
     if x.dim() > 4:
@@ -294,7 +281,7 @@ def _attend(
         rng_state = _transforms.draw_rng_state(q.shape[0] * q.shape[1], q, k, v, bias, mask)
     return _transforms.attention(
         q, k, v, bias=bias, mask=mask, rng_state=rng_state, rng_state_drawn=drawn,
-        bottom_right=bottom_right, window_right=window_right, scale=_scale(q, scale),
+        bottom_right=bottom_right, window_right=window_right, scale=default_scale(q, scale),
         dropout_p=dropout_p,
         deterministic=bool(deterministic) or torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
@@ -325,144 +312,3 @@ def dropout_mask(rng_state: Tensor, shape: tuple[int, int, int, int], p: float) 
         rng_state=rng_state, dropout_p=p, average=False,
     )  # fmt: skip
     return weights != 0
-
-
-def can_use(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    causal: str | None = None,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-    backend: str | None = None,
-) -> tuple[bool, str]:
-    """Whether `attention` takes these arguments, and if not, why.
-
-    Args:
-        backend: ask about one backend ("cpu", "simt", "sm80", ...); None: about the one that
-            `use_backend` names, or any of the device's. The rest as in `attention`.
-
-    Returns:
-        (True, "") or (False, reason), for the forward pass and, where it would be recorded, the
-        backward pass. Nothing is computed.
-    """
-    _check_causal(causal)
-    wants_grad = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (q, k, v, bias) if t is not None
-    )
-    try:
-        reasons = [
-            reason
-            for backward in ((False, True) if wants_grad else (False,))
-            for reason in why_unsupported(
-                q, k, v, bias=_four_dims("bias", bias), mask=_four_dims("mask", mask),
-                rng_state=torch.zeros(2, dtype=torch.int64, device=q.device),
-                bottom_right=causal == "bottom_right", window_right=None if causal is None else 0,
-                scale=_scale(q, scale), dropout_p=dropout_p,
-                backend=_C.get_backend() if backend is None else backend, backward=backward,
-            )
-        ]  # fmt: skip
-    except (RuntimeError, ValueError) as error:
-        reasons = [str(error).splitlines()[0]]
-    return not reasons, "; ".join(dict.fromkeys(reasons))
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Within it, calls run on the named backend: "cpu", "simt", "sm80", ...; "" for the best.
-
-    Process-wide, read at each call; a backward pass follows its forward. A backend that cannot
-    take a call raises instead of handing it to another one.
-
-    Raises:
-        ValueError: the name is not one of the backends in this build.
-    """
-    outer = _C.get_backend()
-    _C.set_backend(name)
-    try:
-        yield
-    finally:
-        _C.set_backend(outer)
-
-
-@contextmanager
-def use_cpu_isa(name: str) -> Iterator[None]:
-    """Within it, the CPU backend uses the named instruction set: "portable", "avx2", "avx512".
-
-    Process-wide, read at each call.
-
-    Raises:
-        RuntimeError: this build or this processor does not have it.
-    """
-    outer = _C.cpu_isa()
-    _C.set_cpu_isa(name)
-    try:
-        yield
-    finally:
-        _C.set_cpu_isa(outer)
-
-
-# The patch of torch.nn.functional. What was there before is kept on a stack, so that patches nest
-# and come off in the reverse order.
-_patched: list[tuple[Any, Any]] = []
-
-
-def enable_sdpa_patch() -> None:
-    """Makes `torch.nn.functional.scaled_dot_product_attention` ours, until `disable_sdpa_patch`.
-
-    Reaches everything that looks the function up there: `F.scaled_dot_product_attention(...)`,
-    `F.multi_head_attention_forward` and so nn.MultiheadAttention with need_weights=False. Names
-    imported before keep torch's function; nn.MultiheadAttention's inference fast path never asks
-    (see `flash_attn.nn.replace_mha`).
-    """
-    _patched.append((_functional.scaled_dot_product_attention, CausalBias.__dict__[_PROTOCOL]))
-    _functional.scaled_dot_product_attention = scaled_dot_product_attention
-    if len(_patched) == 1:
-        setattr(CausalBias, _PROTOCOL, classmethod(_causal_bias_protocol))
-
-
-def disable_sdpa_patch() -> None:
-    """Puts back what the last `enable_sdpa_patch` replaced.
-
-    Raises:
-        RuntimeError: there is nothing to undo, or somebody patched the function after us and has
-            not put it back; it is left alone then.
-    """
-    if not _patched:
-        raise RuntimeError("flash_attn: disable_sdpa_patch without enable_sdpa_patch")
-    current = _functional.scaled_dot_product_attention
-    if current is not scaled_dot_product_attention:
-        raise RuntimeError(
-            "flash_attn: torch.nn.functional.scaled_dot_product_attention was replaced by "
-            f"{current!r} after flash_attn's patch; undo that one first"
-        )
-    function, protocol = _patched.pop()
-    _functional.scaled_dot_product_attention = function
-    setattr(CausalBias, _PROTOCOL, protocol)
-
-
-@contextmanager
-def sdpa_patch() -> Iterator[None]:
-    """`enable_sdpa_patch` on entry, `disable_sdpa_patch` on exit."""
-    enable_sdpa_patch()
-    try:
-        yield
-    finally:
-        disable_sdpa_patch()
-
-
-_PROTOCOL = "__torch_function__"
-
-
-def _causal_bias_protocol(
-    cls: type, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-) -> Any:
-    """CausalBias recognises the function by the attribute that is patched, and would take a
-    builtin imported earlier for any other op: such callers come to us too."""
-    if func is _builtin_sdpa:
-        return scaled_dot_product_attention(*args, **(kwargs or {}))
-    original = _patched[0][1].__func__
-    return original(cls, func, types, args, kwargs)

@@ -162,5 +162,7 @@ TORCH_LIBRARY_IMPL(flash_attn, CompositeImplicitAutograd, m) {
   m.impl("sdpa", &sdpa);
   m.impl("_as_4d", &as_4d);
 }
+// vmap does not take composite operators apart by itself.
+TORCH_LIBRARY_IMPL(flash_attn, FuncTorchBatchedDecomposition, m) { m.impl("_as_4d", &as_4d); }
 
 }  // namespace flash::ops
