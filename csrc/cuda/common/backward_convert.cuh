@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// From the fp32 sums of dq in the workspace (DqTiles) to dq: scaled, rounded once. Within a tile the
-// sums lie in the order of a CTA's accumulators, so that those who add to them and this kernel move
-// 16 bytes per lane, side by side.
+// From the fp32 sums of dq in the workspace (DqTiles) to dq: scaled, rounded once. Within a tile
+// the sums lie in the order of a CTA's accumulators, so that those who add to them and this kernel
+// move 16 bytes per lane, side by side.
 #pragma once
 
 #include "cuda/common/dq_tiles.h"
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(Tile::kNumThreads)
   const int64_t tile = tiles.first(p.q_layout, sequence, cta.batch, cta.head) + cta.block;
   typename Tile::Accumulator accumulator;
   Tile::for_each_quad(sums + tile * Tile::kElements, accumulator,
-                      [](const float* place, float(&quad)[4]) {
+                      [](const float* place, float (&quad)[4]) {
                         const float4 x = *reinterpret_cast<const float4*>(place);
                         quad[0] = x.x, quad[1] = x.y, quad[2] = x.z, quad[3] = x.w;
                       });

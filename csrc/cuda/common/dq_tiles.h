@@ -6,9 +6,9 @@
 namespace flash::cuda {
 
 /// The gradient of the queries is a sum over key blocks that different CTAs compute: they add to
-/// fp32 tiles of block_m rows in the workspace. This says where the tiles lie: heads outermost, then
-/// sequences. A sequence of a packed tensor starts at tile first_row / block_m + b, which leaves
-/// room for the ragged ends of the b sequences before it.
+/// fp32 tiles of block_m rows in the workspace. This says where the tiles lie: heads outermost,
+/// then sequences. A sequence of a packed tensor starts at tile first_row / block_m + b, which
+/// leaves room for the ragged ends of the b sequences before it.
 struct DqTiles {
   int block_m;
   int64_t per_head, per_sequence;

@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
         .delta = static_cast<const float*>(delta.data) + delta.offset(q_sequence, head)};
 
     const auto step = [&](int m_block, bool needs_mask) {
-      const int m_begin = m_block * kBlockM;
+      const int m_begin = m_block * kBlockM, row = n_begin + warp_row;
       const bool is_small = queries.finish(m_block);  // Q, dO, lse, delta are here; dS is used up
       if (m_block + 1 < blocks.visit.end) queries.load(m_block + 1);
       const typename Traits::QueryTile sQ(shared.q[m_block % 2]), sdO(shared.dout[m_block % 2]);
@@ -146,21 +146,19 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
       RegisterTile<kRows, kBlockM> accS, accdP, slopes;
       accS.clear();
       gemm<kHeadDim>(accS, a_of(sK, warp_row), b_transposed_of(sQ));  // S^T = K Q^T
-      if constexpr (kGeneral) {
-        for_each(accS, slopes, n_begin + warp_row, m_begin, [&](float& s, float& slope, int k, int q) {
+      if constexpr (kGeneral)
+        for_each(accS, slopes, row, m_begin, [&](float& s, float& slope, int k, int q) {
           const ModifiedScore<float> score = scores.of(s, q, k);
-          s = by_key.keep(k, q) ? score.score : -INFINITY;
+          s = score.score;
           slope = score.slope;
         });
-      } else if (needs_mask) {
-        for_each(accS, n_begin + warp_row, m_begin, [&](float& s, int k, int q) {
-          if (!by_key.keep(k, q)) s = -INFINITY;
-        });
-      }
+      if (needs_mask)
+        fill_outside(accS, row, m_begin, -INFINITY,
+                     [&](int k) { return Range{by_key.key_begin(k), by_key.key_end(k)}; });
       auto rP = is_small ? weights_of<Element, true>(accS, scores.unit, rows)
                          : weights_of<Element, false>(accS, scores.unit, rows);  // P^T
       if constexpr (kGeneral)
-        if (scores.has_dropout()) scores.mark_dropped(rP, n_begin + warp_row, m_begin);
+        if (scores.has_dropout()) scores.mark_dropped(rP, row, m_begin);
 
       if (is_dv_part) {  // dV += P^T dO
         if constexpr (kGeneral)
@@ -174,7 +172,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
       to_score_gradient(accdP, rP, slopes, scores, rows);
       const auto rdS = to_operand<Element>(accdP);
       store_operand(rdS, sdS, warp_row, 0);
-      __syncthreads();                        // dS is complete
+      __syncthreads();                      // dS is complete
       gemm<kBlockM>(accdK, rdS, b_of(sQ));  // dK += dS^T Q
       if (!p.dq.data) return;
 
@@ -189,29 +187,30 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
       if (p.deterministic) end_turn(turns);
     };
 
+    if (blocks.visit.begin == blocks.visit.end) break;
     __syncthreads();  // the tiles of the head before are used up
     if (kGeneral || head == first_head) {
       load_tile<kNumThreads>(sK, gK, n_begin, keys);
       load_tile<kNumThreads>(sV, gV, n_begin, keys);
     }
-    if (blocks.visit.begin < blocks.visit.end) queries.load(blocks.visit.begin);
+    queries.load(blocks.visit.begin);
     for (int m = blocks.visit.begin; m < blocks.visit.end; ++m)
       step(m, /*needs_mask=*/is_ragged || m < blocks.full.begin || m >= blocks.full.end);
   }
 
-  cp_async_wait<0>();
   __syncthreads();  // K and V are used up: dK and dV take their places
   if constexpr (kGeneral)
-    if (is_dv_part && p.features.dropout.enabled()) accdV.multiply(p.features.dropout.scale);
+    if (is_dv_part && p.features.dropout.enabled()) accdV.multiply(float(p.features.dropout.scale));
   if (is_dk_part) accdK.multiply(float(p.softmax_scale));
   if (is_dv_part) round_to_tile(accdV, sV, warp_row, 0);
   if (is_dk_part) round_to_tile(accdK, sK, warp_row, 0);
   __syncthreads();
   if (is_dv_part && p.dv.data)
-    store_tile<kNumThreads>(
-        sV, matrix_of<Element>(p.dv, k_sequence, cta.head, p.head_dim_v), n_begin);
+    store_tile<kNumThreads>(sV, matrix_of<Element>(p.dv, k_sequence, cta.head, p.head_dim_v),
+                            n_begin);
   if (is_dk_part && p.dk.data)
-    store_tile<kNumThreads>(sK, matrix_of<Element>(p.dk, k_sequence, cta.head, p.head_dim), n_begin);
+    store_tile<kNumThreads>(sK, matrix_of<Element>(p.dk, k_sequence, cta.head, p.head_dim),
+                            n_begin);
 }
 
 template <DType kDType, int kHeadDim, Variant kVariant>
@@ -225,14 +224,13 @@ void launch_backward(const BackwardParams& p, const RowView& delta, void* scratc
     FLASH_CUDA_CHECK(cudaMemsetAsync(scratch, 0, tiles * dq_tile_bytes(kHeadDim, Traits::kBlockM),
                                      static_cast<cudaStream_t>(stream)));
   const int n_blocks = int(ceil_div(p.k_layout.max, Traits::kBlockN));
-  launch(backward_kernel<Traits>,
-         int64_t(n_blocks) * p.num_heads_k * p.batch * Traits::kParts, Traits::kNumThreads,
-         sizeof(typename Traits::SharedStorage), stream, p, delta, dq_sums, dq_turns, n_blocks);
+  launch(backward_kernel<Traits>, int64_t(n_blocks) * p.num_heads_k * p.batch * Traits::kParts,
+         Traits::kNumThreads, sizeof(typename Traits::SharedStorage), stream, p, delta, dq_sums,
+         dq_turns, n_blocks);
   if (!p.dq.data) return;
   const int m_blocks = int(ceil_div(p.q_layout.max, Traits::kBlockM));
-  launch(convert_dq_kernel<typename Traits::Element, Dq>,
-         int64_t(m_blocks) * p.num_heads * p.batch, Traits::kNumThreads, 0, stream, p, dq_sums,
-         m_blocks);
+  launch(convert_dq_kernel<typename Traits::Element, Dq>, int64_t(m_blocks) * p.num_heads * p.batch,
+         Traits::kNumThreads, 0, stream, p, dq_sums, m_blocks);
 }
 
 }  // namespace flash::cuda::sm80

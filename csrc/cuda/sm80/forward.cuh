@@ -14,9 +14,9 @@
 // Two CTAs share a multiprocessor, and the softmax of one runs beside the products of the other.
 #pragma once
 
+#include "cuda/common/global_matrix.cuh"
 #include "cuda/common/pair_score.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/common/global_matrix.cuh"
 #include "cuda/sm80/scores.cuh"
 #include "cuda/sm80/softmax.cuh"
 #include "cuda/tile_config.h"
@@ -101,18 +101,21 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
     all_loaded_and_read();                                          // V is here, K is used up
     if (n_block > blocks.visit.begin) load_k(n_block - 1);
 
+    const int row = m_begin + warp_row, col = n_block * kBlockN;
     if (kGeneral || needs_mask)
-      for_each(accS, m_begin + warp_row, n_block * kBlockN, [&](float& s, int q, int k) {
+      for_each(accS, row, col, [&](float& s, int q, int k) {
         s = mask.keep(q, k) ? scores.of(s, q, k).score : -INFINITY;
       });
     softmax.update(accS, accO);
     if constexpr (kGeneral)
-      if (scores.has_dropout()) scores.drop(accS, m_begin + warp_row, n_block * kBlockN);
+      if (scores.has_dropout()) scores.drop(accS, row, col);
     gemm<kBlockN>(accO, to_operand<Element>(accS), b_of(sV));  // O += P V
   };
 
-  load_tile<kNumThreads>(sQ, gQ, m_begin, [](int) { return true; });
-  if (blocks.visit.begin < blocks.visit.end) load_k(blocks.visit.end - 1);
+  if (blocks.visit.begin < blocks.visit.end) {
+    load_tile<kNumThreads>(sQ, gQ, m_begin, [](int) { return true; });
+    load_k(blocks.visit.end - 1);
+  }
   for (int n = blocks.visit.end - 1; n >= blocks.visit.begin; --n)
     step(n, /*needs_mask=*/n < blocks.full.begin || n >= blocks.full.end);
 
@@ -125,7 +128,6 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
   softmax.finish(accO, scale_out, m_begin + warp_row, [&](int q, float row_lse) {
     if (q < q_sequence.length) lse[q] = row_lse;
   });
-  cp_async_wait<0>();
   __syncthreads();  // Q is used up: O takes its place
   round_to_tile(accO, sO, warp_row, 0);
   __syncthreads();

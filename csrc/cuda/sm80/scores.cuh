@@ -43,7 +43,9 @@ class Scores<Element, Variant::kGeneral> {
     return features_.score_mod.template forward<float, float>(product * scale_, place(q, k));
   }
   FLASH_DEVICE bool has_dropout() const { return features_.dropout.enabled(); }
-  FLASH_DEVICE float dropout_scale() const { return has_dropout() ? features_.dropout.scale : 1.f; }
+  FLASH_DEVICE float dropout_scale() const {
+    return has_dropout() ? float(features_.dropout.scale) : 1.f;
+  }
 
   /// Zeroes the dropped weights of a tile (rows q_begin.., a multiple of 16; columns k_begin.., a
   /// multiple of 32). One Philox call serves this lane's elements of two rows and four m16n8 tiles.
@@ -56,8 +58,8 @@ class Scores<Element, Variant::kGeneral> {
       for (int n = 0; n < weights.kTilesN; n += 4)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const PhiloxBlock bits = stream_.block(q_begin + 16 * m + lane_row(),
-                                                 k_begin + 8 * n + lane_col() + e);
+          const PhiloxBlock bits =
+              stream_.block(q_begin + 16 * m + lane_row(), k_begin + 8 * n + lane_col() + e);
 #pragma unroll
           for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -65,8 +67,8 @@ class Scores<Element, Variant::kGeneral> {
               if (!stream_.keeps(bits, half, column)) weights.at[m][n + column][2 * half + e] = 0.f;
         }
   }
-  /// Marks the dropped weights of a transposed tile (rows k_begin.., columns q_begin.., multiples of
-  /// 16) by a minus sign. Half of a Philox call serves two rows and two m16n8 tiles.
+  /// Marks the dropped weights of a transposed tile (rows k_begin.., columns q_begin.., multiples
+  /// of 16) by a minus sign. Half of a Philox call serves two rows and two m16n8 tiles.
   template <int kRows, int kCols>
   FLASH_DEVICE void mark_dropped(RegisterOperand<Element, kRows, kCols>& weights, int k_begin,
                                  int q_begin) const {

@@ -28,7 +28,8 @@ class OnlineSoftmax {
   ///   m' = max(m, rowmax(S)),  f = exp(m - m'),  P = exp(S - m'),  l = f l + rowsum(P),  O = f O.
   template <int kCols, int kColsO>
   FLASH_DEVICE void update(RegisterTile<kRows, kCols>& scores, RegisterTile<kRows, kColsO>& out) {
-    float base[kTilesM][2];  // the maximum; 0 where no score is above -inf, so that -inf - base = -inf
+    float base[kTilesM]
+              [2];  // the maximum; 0 where no score is above -inf, so that -inf - base = -inf
     bool is_small = true;
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m)
@@ -92,7 +93,8 @@ class OnlineSoftmax {
   static constexpr float kSmall = 1024.f;
 
   template <bool kOneOperation, int kCols>
-  FLASH_DEVICE void exponentiate(RegisterTile<kRows, kCols>& scores, const float (&base)[kTilesM][2]) {
+  FLASH_DEVICE void exponentiate(RegisterTile<kRows, kCols>& scores,
+                                 const float (&base)[kTilesM][2]) {
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m)
 #pragma unroll

@@ -26,17 +26,8 @@ struct ChunkMap {
   static constexpr int kRowStep = kNumThreads / kLanes;
   static_assert(kRowStep % 8 == 0 && Tile::kRows % kRowStep == 0, "threads share the rows evenly");
 
-  /// f(int row, int chunk, uint32_t shared address)
-  template <class F>
-  static FLASH_DEVICE void for_each_chunk(Tile tile, F&& f) {
-    const int row = threadIdx.x / kLanes, chunk = threadIdx.x % kLanes;
-    const uint32_t place = tile.address(row, chunk);
-#pragma unroll
-    for (int rows = 0; rows < Tile::kRows; rows += kRowStep)
-#pragma unroll
-      for (int chunks = 0; chunks < Tile::kChunks; chunks += kLanes)
-        f(row + rows, chunk + chunks, Tile::moved(place, rows, chunks));
-  }
+  static FLASH_DEVICE int first_row() { return threadIdx.x / kLanes; }
+  static FLASH_DEVICE int first_chunk() { return threadIdx.x % kLanes; }
 };
 
 /// Eight elements one by one, for rows that are not aligned or end within a chunk.
@@ -55,22 +46,38 @@ FLASH_DEVICE uint4 load_elements(const Element* source, int count) {
 template <int kNumThreads, class Tile, class Matrix, class KeepsRow>
 FLASH_DEVICE void load_tile(Tile tile, const Matrix& matrix, int first_row, KeepsRow keeps_row) {
   using Map = ChunkMap<Tile, kNumThreads>;
+  const int own_row = Map::first_row(), own_chunk = Map::first_chunk();
+  const uint32_t place = tile.address(own_row, own_chunk);
+  const int first_col = own_chunk * Tile::kChunkElements;
+  int row = first_row + own_row;
+  const auto* source = matrix.data + row * matrix.row_stride + first_col;
   if (matrix.in_chunks) {
-    Map::for_each_chunk(tile, [&](int row, int chunk, uint32_t shared) {
-      row += first_row;
-      const int col = chunk * Tile::kChunkElements;
-      const bool valid = row < matrix.rows && col < matrix.cols && keeps_row(row);
-      cp_async_16(shared, matrix.data + row * matrix.row_stride + col, valid);
-    });
+#pragma unroll
+    for (int rows = 0; rows < Tile::kRows; rows += Map::kRowStep) {
+      const bool row_is_kept = row < matrix.rows && keeps_row(row);
+#pragma unroll
+      for (int chunks = 0; chunks < Tile::kChunks; chunks += Map::kLanes) {
+        const int cols = chunks * Tile::kChunkElements;
+        cp_async_16(Tile::moved(place, rows, chunks), source + cols,
+                    row_is_kept && first_col + cols < matrix.cols);
+      }
+      row += Map::kRowStep;
+      source += Map::kRowStep * matrix.row_stride;
+    }
   } else {
-    Map::for_each_chunk(tile, [&](int row, int chunk, uint32_t shared) {
-      row += first_row;
-      const int col = chunk * Tile::kChunkElements;
-      const bool valid = row < matrix.rows && keeps_row(row);
-      const uint4 x = load_elements(matrix.data + row * matrix.row_stride + col,
-                                    valid ? matrix.cols - col : 0);
-      store_shared(shared, x);
-    });
+#pragma unroll 1
+    for (int rows = 0; rows < Tile::kRows; rows += Map::kRowStep) {
+      const bool row_is_kept = row < matrix.rows && keeps_row(row);
+#pragma unroll 1
+      for (int chunks = 0; chunks < Tile::kChunks; chunks += Map::kLanes) {
+        const int cols = chunks * Tile::kChunkElements;
+        store_shared(
+            Tile::moved(place, rows, chunks),
+            load_elements(source + cols, row_is_kept ? matrix.cols - first_col - cols : 0));
+      }
+      row += Map::kRowStep;
+      source += Map::kRowStep * matrix.row_stride;
+    }
   }
 }
 
@@ -94,30 +101,34 @@ FLASH_DEVICE void store_operand(const RegisterOperand<Element, kRows, kCols>& op
 template <int kStride = 1, int kRows, int kCols, class Tile>
 FLASH_DEVICE void round_to_tile(const RegisterTile<kRows, kCols>& accumulator, Tile tile,
                                 int first_row, int first_col) {
-  store_operand<kStride>(to_operand<typename Tile::Element>(accumulator), tile, first_row, first_col);
+  store_operand<kStride>(to_operand<typename Tile::Element>(accumulator), tile, first_row,
+                         first_col);
 }
 
 /// A tile into rows [first_row, ...) of a matrix.
 template <int kNumThreads, class Tile, class Matrix>
 FLASH_DEVICE void store_tile(Tile tile, const Matrix& matrix, int first_row) {
-  using Element = typename Tile::Element;
   using Map = ChunkMap<Tile, kNumThreads>;
-  Map::for_each_chunk(tile, [&](int row, int chunk, uint32_t shared) {
-    row += first_row;
-    const int col = chunk * Tile::kChunkElements;
-    if (row >= matrix.rows || col >= matrix.cols) return;
-    const uint4 x = load_shared(shared);
-    Element* const target = matrix.data + row * matrix.row_stride + col;
-    if (matrix.in_chunks) {
-      *reinterpret_cast<uint4*>(target) = x;
-    } else {
-      const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+  const uint32_t place = tile.address(Map::first_row(), Map::first_chunk());
+  for (int rows = 0; rows < Tile::kRows; rows += Map::kRowStep) {
+    const int row = first_row + Map::first_row() + rows;
+    if (row >= matrix.rows) return;
 #pragma unroll
-      for (int i = 0; i < Tile::kChunkElements; ++i)
-        if (col + i < matrix.cols)
-          reinterpret_cast<uint16_t*>(target)[i] = uint16_t(words[i / 2] >> 16 * (i % 2));
+    for (int chunks = 0; chunks < Tile::kChunks; chunks += Map::kLanes) {
+      const int col = (Map::first_chunk() + chunks) * Tile::kChunkElements;
+      const uint4 x = load_shared(Tile::moved(place, rows, chunks));
+      auto* const target = matrix.data + row * matrix.row_stride + col;
+      if (matrix.in_chunks) {
+        if (col < matrix.cols) *reinterpret_cast<uint4*>(target) = x;
+      } else {
+        const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int i = 0; i < Tile::kChunkElements; ++i)
+          if (col + i < matrix.cols)
+            reinterpret_cast<uint16_t*>(target)[i] = uint16_t(words[i / 2] >> 16 * (i % 2));
+      }
     }
-  });
+  }
 }
 
 }  // namespace flash

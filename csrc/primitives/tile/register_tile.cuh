@@ -64,7 +64,29 @@ FLASH_DEVICE void for_each(RegisterTile<kRows, kCols>& x, RegisterTile<kRows, kC
     for (int n = 0; n < x.kTilesN; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        f(x.at[m][n][e], y.at[m][n][e], first_row + 16 * m + 8 * (e / 2), first_col + 8 * n + e % 2);
+        f(x.at[m][n][e], y.at[m][n][e], first_row + 16 * m + 8 * (e / 2),
+          first_col + 8 * n + e % 2);
+}
+
+/// Writes `value` where the column is outside of the row's interval: interval(row) -> {begin, end}.
+/// The bounds move by the lane's place, so an element compares them with a constant.
+template <int kRows, int kCols, class F>
+FLASH_DEVICE void fill_outside(RegisterTile<kRows, kCols>& tile, int first_row, int first_col,
+                               float value, F&& interval) {
+  first_row += lane_row();
+  first_col += lane_col();
+#pragma unroll
+  for (int m = 0; m < tile.kTilesM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto columns = interval(first_row + 16 * m + 8 * half);
+      const int begin = columns.begin - first_col, end = columns.end - first_col;
+#pragma unroll
+      for (int n = 0; n < tile.kTilesN; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (8 * n + e < begin || 8 * n + e >= end) tile.at[m][n][2 * half + e] = value;
+    }
 }
 
 /// The four lanes of a row.
