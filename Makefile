@@ -7,6 +7,7 @@ TORCH ?= torch>=2.11
 PYTHON ?= $(shell for p in python python3; do \
   $$p -c 'import sys; from importlib.util import find_spec as f; sys.exit(not f("torch"))' \
   2>/dev/null && { command -v $$p; exit; }; done; echo $(CURDIR)/$(VENV)/bin/python)
+PYTHON3 ?= python3
 WORKERS ?= 2
 NEEDS = $(PYTHON) .ci/install_extra.py
 
@@ -16,7 +17,7 @@ help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## */ - /'
 
 $(VENV)/has_torch:
-	python3 -m venv $(VENV)
+	$(PYTHON3) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install "$(TORCH)"
 	touch $@
 
@@ -38,16 +39,17 @@ test-gpu: python ## the grid of cases on a GPU; results in build/test-gpu.json
 	$(PYTHON) -m pytest -q tests/backends --json build/test-gpu.json $(TESTS)
 
 test-cpp: ## C++ tests of the layers below torch
-	python3 csrc/build_kernels.py tests $(if $(CUDA),--cuda)
+	$(PYTHON3) csrc/build_kernels.py tests $(if $(CUDA),--cuda)
 
 kernels: ## compile the CUDA backend alone; spills fail
-	python3 csrc/build_kernels.py kernels
+	$(PYTHON3) csrc/build_kernels.py kernels
 
 lint: ## formatters, linters, types
 	@$(NEEDS) lint
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(PYTHON) -m benchmarks.report --check
 	git ls-files '*.h' '*.cpp' '*.cuh' '*.cu' | xargs $(PYTHON) -m clang_format --dry-run -Werror
 
 format: ## let the formatters write

@@ -138,7 +138,10 @@ class BuildKernelsAndOps(cpp_extension.BuildExtension):
             "why_cuda": WHY.splitlines()[0],
         }
         folder = Path(self.get_ext_fullpath("flash_attn._C")).parent
-        text = f'"""Written by the build."""\n\nINFO = {pprint.pformat(info, sort_dicts=False)}\n'
+        text = (
+            '"""Written by the build."""\n\nfrom typing import Any\n\n'
+            f"INFO: dict[str, Any] = {pprint.pformat(info, sort_dicts=False)}\n"
+        )
         (folder / "_build_info.py").write_text(text)
 
 

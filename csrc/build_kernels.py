@@ -138,7 +138,7 @@ def _add_tests(plan: Plan) -> None:
                     )
             continue
         if layer == "cuda" and plan.toolkit is None:
-            print(f"skipped, no CUDA toolkit: {source.relative_to(ROOT)}")
+            print(f"skipped, needs --cuda and a GPU: {source.relative_to(ROOT)}")
             continue
         flags, libraries = base, ""
         if layer == "cuda" and plan.toolkit is not None:
@@ -152,7 +152,8 @@ def _add_tests(plan: Plan) -> None:
 
 RULES = """
 rule cxx
-  command = $cxx $flags -MMD -MF $out.d -c $in -o $out > $out.log 2>&1; s=$$?; cat $out.log; exit $$s
+  command = $cxx $flags -MMD -MF $out.d -c $in -o $out > $out.log 2>&1; s=$$?; cat $out.log; $
+      exit $$s
   description = C++ $in
   depfile = $out.d
   deps = gcc

@@ -7,8 +7,8 @@ import sys
 
 import torch
 
-from . import _C, __version__, build_info
-from ._ops import why_unsupported
+from . import __version__, build_info
+from ._ops import _C, why_unsupported
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

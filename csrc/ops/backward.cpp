@@ -38,15 +38,29 @@ at::Tensor target_of(const at::Tensor& result, const at::Tensor& input, bool wan
   return at::empty(input.sizes(), input.options().memory_format(at::MemoryFormat::Contiguous));
 }
 
+/// dO as every kernel takes it. Autograd may hand it expanded (out.sum()) or sliced; tensor copies
+/// of whole rows (TMA) want strides and an address of 16 bytes, and no stride of 0.
+at::Tensor with_dense_rows(const at::Tensor& dout) {
+  const int64_t bytes = dout.element_size(), row_bytes = dout.size(-1) * bytes;
+  const bool wants_alignment = row_bytes % 16 == 0;
+  bool dense = !wants_alignment || reinterpret_cast<uintptr_t>(dout.const_data_ptr()) % 16 == 0;
+  for (int64_t dim = 0; dim + 1 < dout.dim(); ++dim) {
+    if (dout.size(dim) == 1) continue;
+    dense = dense && dout.stride(dim) != 0;
+    dense = dense && (!wants_alignment || dout.stride(dim) * bytes % 16 == 0);
+  }
+  return dense ? with_contiguous_rows(dout) : dout.contiguous();
+}
+
 /// dout, out, lse and dlse as kernels want them.
 Gradients normalised(const Inputs& in, const Gradients& gradients) {
   Gradients g = gradients;
-  const at::Tensor zero_row = at::zeros({in.v.size(-1)}, in.v.options());
   auto sizes = in.q.sizes().vec();
   sizes.back() = in.v.size(-1);
   const bool no_columns = gradients.out.size(-1) == 0;
-  g.dout = !g.dout.defined() || no_columns ? zero_row.expand(sizes) : with_contiguous_rows(g.dout);
-  g.out = no_columns ? zero_row.expand(sizes) : with_contiguous_rows(g.out);
+  const bool no_dout = no_columns || !g.dout.defined();
+  g.dout = no_dout ? at::zeros(sizes, in.q.options()) : with_dense_rows(g.dout);
+  g.out = no_columns ? g.dout : with_contiguous_rows(g.out);
   g.lse = with_contiguous_rows(g.lse);
   g.dlse = with_contiguous_rows(g.dlse);
   g.deterministic = g.deterministic || at::globalContext().deterministicAlgorithms();
