@@ -6,9 +6,12 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -21,6 +24,35 @@ def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
         if not target.startswith("https://"):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+class Model(torch.nn.Module):
+    """Something that the documents' snippets can swap attention in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> types.SimpleNamespace:
+        return types.SimpleNamespace(loss=self.attention(x, x, x)[0].sum())
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/quick_start.md"])
+def test_snippets_run(name: str) -> None:
+    q, k, v = (torch.randn(2, 8, 8, 16, requires_grad=True) for _ in range(3))
+    packed = {f"{t}_packed": torch.randn(12, 2, 16) for t in "qkv"}
+    starts = torch.tensor([0, 5, 12], dtype=torch.int32)
+    names: dict[str, Any] = dict(
+        q=q, k=k, v=v, model=Model(), batch=torch.randn(2, 8, 16),
+        bias=torch.randn(8, 8), keep=torch.rand(2, 1, 8, 8) < 0.5,
+        cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=7, max_seqlen_k=7, **packed,
+    )  # fmt: skip
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 3
+    for block in blocks:
+        exec(compile(block, name, "exec"), names)
+        if "out" in names:
+            assert not names["out"].isnan().any(), block
 
 
 def test_tree_of_readme_exists() -> None:
