@@ -147,6 +147,7 @@ bool meet(const KvHead& head, const Chunk& chunk, int block, Step& step) {
     // Whole tiles, and with features also the whole rows of 16 that dropout decides together.
     const int start = head.variant == Variant::kGeneral ? 8 * kPanelRows : kPanelRows;
     begin = begin / start * start;
+    end = smaller(round_up(end, kPanelRows), chunk.rows);
     any = mask.any_keys(first + begin, first + end);
   }
   if (head.variant == Variant::kGeneral) step.pairs = Pairs::kGeneral;
