@@ -200,6 +200,16 @@ def test_huge_scores(backend, poisoned, equal):
         assert grad.isfinite().all(), f"d{name}"
 
 
+def test_rows_of_the_lowest_number(backend, poisoned, make):
+    """A bias of finfo.min everywhere is not an empty row: the mean. lse has no digits left."""
+    q, k, v, dout = make()
+    bias = torch.full((1, 1, 1, SIZE_K), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device)
+    out, lse, *grads = forward_backward(backend, poisoned, q, k, v, dout, bias=bias)
+    mean = v.double().mean(2, keepdim=True).expand_as(out)
+    torch.testing.assert_close(out.double(), mean, rtol=2**-7, atol=2**-7)
+    assert lse.isfinite().all() and all(grad.isfinite().all() for grad in grads)
+
+
 def test_overflow_is_that_of_a_cast(backend, poisoned):
     """float16 results beyond 65504 are infinite, not NaN; lse is finite."""
 

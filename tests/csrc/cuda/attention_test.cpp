@@ -59,23 +59,30 @@ Verdict compare(const Case& c, const Problem& problem, bool rounds_once, bool ha
   const WeightsBackwardParams& w = problem.w;
   const double bound = tolerance(c.dtype, rounds_once);
   const double fine = tolerance(problem.accumulation(), true);
-  const double sums = rounds_once ? fine : bound;  // gradients kept in the accumulation type
+  // Gradients contain delta, made from the out that was rounded to the dtype. Summed over pairs
+  // whose terms nearly cancel, as those of the features are, its error is large beside the sum.
+  const bool is_short = element_bytes(c.dtype) == 2;
+  const double gradient_bound = tolerance(c.dtype, rounds_once && !is_short);
+  const double sums = is_short ? 10 * gradient_bound : 10 * fine;
+  const DType bias_dtype = c.bias_is_float32 ? DType::kFloat32 : c.dtype;
   const auto forward = reference::forward(p);
   const auto rows = [&](const char* what, const TensorView& t, bool of_queries, int width,
-                        const std::vector<double>& dense) {
+                        const std::vector<double>& dense, double bound) {
     if (!t.data) return Verdict();
     return compare_rows(what, c.dtype, t, of_queries ? p.q_layout : p.k_layout, c.batch,
                         of_queries ? c.heads : c.heads_k, width, dense, 0, bound);
   };
-  Verdict verdict = rows("out", p.out, true, c.dv, forward.out);
+  Verdict verdict = rows("out", p.out, true, c.dv, forward.out, bound);
   verdict += compare_row_values("lse", problem.accumulation(), p.lse, p.q_layout, c.batch, c.heads,
                                 forward.lse, -INFINITY, fine);
   if (has_backward) {
     const auto backward = reference::backward(p);
-    verdict += rows("dq", p.dq, true, c.d, backward.dq) + rows("dk", p.dk, false, c.d, backward.dk) +
-               rows("dv", p.dv, false, c.dv, backward.dv);
-    const DType bias_dtype = c.bias_is_float32 ? DType::kFloat32 : c.dtype;
-    if (p.dbias) verdict += compare_flat("dbias", bias_dtype, p.dbias, backward.dbias, bound);
+    verdict += rows("dq", p.dq, true, c.d, backward.dq, gradient_bound) +
+               rows("dk", p.dk, false, c.d, backward.dk, gradient_bound) +
+               rows("dv", p.dv, false, c.dv, backward.dv, gradient_bound);
+    if (p.dbias)
+      verdict += compare_flat("dbias", bias_dtype, p.dbias, backward.dbias,
+                              std::max(sums, tolerance(bias_dtype, true)));
     if (p.dslopes)
       verdict += compare_flat("dslopes", problem.accumulation(), p.dslopes, backward.dslopes, sums);
     if (p.dsink)
@@ -84,23 +91,23 @@ Verdict compare(const Case& c, const Problem& problem, bool rounds_once, bool ha
   if (w.weights) {
     const auto expected = reference_weights(w);
     verdict += compare_flat("weights", c.dtype, w.weights, expected.weights, bound) +
-               rows("weights dq", w.dq, true, c.d, expected.dq) +
-               rows("weights dk", w.dk, false, c.d, expected.dk) +
+               rows("weights dq", w.dq, true, c.d, expected.dq, gradient_bound) +
+               rows("weights dk", w.dk, false, c.d, expected.dk, gradient_bound) +
                compare_row_values("weights dlse", problem.accumulation(), w.dlse, w.q_layout,
                                   c.batch, c.heads, expected.dlse, 0, sums);
     if (w.dbias)
-      verdict += compare_flat("weights dbias",
-                              c.bias_is_float32 ? DType::kFloat32 : c.dtype, w.dbias,
-                              expected.dbias, bound);
+      verdict += compare_flat("weights dbias", bias_dtype, w.dbias, expected.dbias,
+                              std::max(bound, tolerance(bias_dtype, true)));
   }
   return verdict;
 }
 
 /// Empty: passed. "skipped": the backend cannot.
 Verdict check_case(const Backend& backend, const Case& c, uint64_t seed, Worker& worker) {
+  const bool is_deterministic = seed % 2;  // else: sums of gradients may come in any order
   worker.memory.reset();
   Problem problem(c, seed, worker.memory);
-  problem.p.deterministic = true;
+  problem.p.deterministic = is_deterministic;
   const BackwardParams p = problem.device_params();
   if (!backend.why_unsupported(p, false).empty()) return "skipped";
   const bool has_backward = backend.why_unsupported(p, true).empty();
@@ -119,7 +126,7 @@ Verdict check_case(const Backend& backend, const Case& c, uint64_t seed, Worker&
       repeats = first == worker.memory.contents();
   }
   return compare(c, problem, std::strcmp(backend.name, "simt") == 0, has_backward) +
-         (repeats ? "" : "a second run gave other bits");
+         (repeats || !is_deterministic ? "" : "a second run gave other bits");
 }
 
 const char* dtype_name(DType dtype) {
@@ -138,7 +145,7 @@ int check_backend(const Backend& backend, uint64_t seed) {
     for (size_t i = next++; i < cases.size(); i = next++) {
       Verdict verdict;
       try {
-        verdict = check_case(backend, cases[i], seed + i, worker);
+        verdict = check_case(backend, cases[i], seed + i / 4 + i % 4, worker);
       } catch (const std::exception& e) {
         verdict = e.what();
       }
