@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn.attention.bias import CausalBias
 
 from .sdpa import builtin_sdpa, scaled_dot_product_attention
 
@@ -30,6 +29,8 @@ def enable_sdpa_patch() -> None:
     imported before keep torch's function; nn.MultiheadAttention's inference fast path never asks
     (see `flash_attn.nn.replace_mha`).
     """
+    from torch.nn.attention.bias import CausalBias  # late: it costs as much as torch.compile
+
     _patched.append((_functional.scaled_dot_product_attention, CausalBias.__dict__[_PROTOCOL]))
     _functional.scaled_dot_product_attention = scaled_dot_product_attention
     if len(_patched) == 1:
@@ -51,6 +52,8 @@ def disable_sdpa_patch() -> None:
             "flash_attn: torch.nn.functional.scaled_dot_product_attention was replaced by "
             f"{current!r} after flash_attn's patch; undo that one first"
         )
+    from torch.nn.attention.bias import CausalBias
+
     function, protocol = _patched.pop()
     _functional.scaled_dot_product_attention = function
     setattr(CausalBias, _PROTOCOL, protocol)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 from . import _ops as _ops  # loads the extension, which registers torch.ops.flash_attn
@@ -132,18 +133,21 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def is_given(x: Tensor | None) -> bool:
-    """Whether `_as_4d` returned this tensor: what is absent comes as None or without dimensions."""
-    return x is not None and x.dim() == 4
-
-
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply`; the variant with a jvp only under forward-mode AD, since torch.compile
-    takes no Function that has one."""
+    takes no Function that has one. It takes none under nested transforms, vmap(grad(f)): there a
+    graph break leaves the call to eager mode, instead of an internal error."""
+    if torch.compiler.is_dynamo_compiling() and _nested_transforms():
+        torch._dynamo.graph_break("attention under nested torch.func transforms")
     if forward_ad._current_level >= 0:
         function = _WITH_JVP[function]
     apply: Callable[..., Any] = function.apply
     return apply(*args)
+
+
+def _nested_transforms() -> bool:
+    active = torch._C._are_functorch_transforms_active()
+    return active and retrieve_current_functorch_interpreter().level() > 1
 
 
 def autocast(*tensors: Any) -> Any:
@@ -158,11 +162,18 @@ def autocast(*tensors: Any) -> Any:
 
 
 class _Attention(torch.autograd.Function):
-    """(*Tensors, call) -> (out, lse)."""
+    """(*Tensors, call) -> (out, lse). torch.compile counts the parameters of forward."""
 
     @staticmethod
-    def forward(*args: Any) -> Any:
-        *tensors, call = args
+    def forward(
+        q: Any, k: Any, v: Any, bias: Any, mask: Any, alibi_slopes: Any, sink: Any,
+        cu_seqlens_q: Any, cu_seqlens_k: Any, seqused_q: Any, seqused_k: Any, rng_state: Any,
+        call: Call,
+    ) -> Any:  # fmt: skip
+        tensors = (
+            q, k, v, bias, mask, alibi_slopes, sink, cu_seqlens_q, cu_seqlens_k, seqused_q,
+            seqused_k, rng_state,
+        )  # fmt: skip
         return torch.ops.flash_attn._fwd(*tensors, *call.scalars)
 
     @staticmethod
@@ -199,8 +210,15 @@ class _AttentionBackward(torch.autograd.Function):
     """(dout, dlse, *Tensors, out, lse, call, needs) -> (dq, dk, dv, dbias, dslopes, dsink)."""
 
     @staticmethod
-    def forward(*args: Any) -> Any:
-        dout, dlse, *tensors, out, lse, call, needs = args
+    def forward(
+        dout: Any, dlse: Any, q: Any, k: Any, v: Any, bias: Any, mask: Any, alibi_slopes: Any,
+        sink: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, seqused_q: Any, seqused_k: Any,
+        rng_state: Any, out: Any, lse: Any, call: Call, needs: tuple[bool, ...],
+    ) -> Any:  # fmt: skip
+        tensors = (
+            q, k, v, bias, mask, alibi_slopes, sink, cu_seqlens_q, cu_seqlens_k, seqused_q,
+            seqused_k, rng_state,
+        )  # fmt: skip
         return torch.ops.flash_attn._bwd(
             dout, dlse, *tensors, *call.scalars, out, lse, call.deterministic, needs
         )
@@ -249,8 +267,11 @@ class _Weights(torch.autograd.Function):
     """(q, k, lse, bias, mask, alibi_slopes, rng_state, call) -> weights."""
 
     @staticmethod
-    def forward(*args: Any) -> Any:
-        *tensors, call = args
+    def forward(
+        q: Any, k: Any, lse: Any, bias: Any, mask: Any, alibi_slopes: Any, rng_state: Any,
+        call: Call,
+    ) -> Any:  # fmt: skip
+        tensors = (q, k, lse, bias, mask, alibi_slopes, rng_state)
         return torch.ops.flash_attn.attention_weights(*tensors, *call.scalars, call.average)
 
     @staticmethod
@@ -282,8 +303,11 @@ class _WeightsBackward(torch.autograd.Function):
     """(dweights, q, k, lse, bias, mask, alibi_slopes, rng_state, call) -> (dq, dk, dlse, dbias)."""
 
     @staticmethod
-    def forward(*args: Any) -> Any:
-        *tensors, call = args
+    def forward(
+        dweights: Any, q: Any, k: Any, lse: Any, bias: Any, mask: Any, alibi_slopes: Any,
+        rng_state: Any, call: Call,
+    ) -> Any:  # fmt: skip
+        tensors = (dweights, q, k, lse, bias, mask, alibi_slopes, rng_state)
         return torch.ops.flash_attn._attention_weights_bwd(*tensors, *call.scalars, call.average)
 
     @staticmethod
@@ -347,20 +371,16 @@ class _NoJvp:
         raise NotImplementedError(NO_FORWARD_AD)
 
 
-class _AttentionWithJvp(_NoJvp, _Attention):
-    pass
+class _AttentionWithJvp(_NoJvp, _Attention): ...
 
 
-class _AttentionBackwardWithJvp(_NoJvp, _AttentionBackward):
-    pass
+class _AttentionBackwardWithJvp(_NoJvp, _AttentionBackward): ...
 
 
-class _WeightsWithJvp(_NoJvp, _Weights):
-    pass
+class _WeightsWithJvp(_NoJvp, _Weights): ...
 
 
-class _WeightsBackwardWithJvp(_NoJvp, _WeightsBackward):
-    pass
+class _WeightsBackwardWithJvp(_NoJvp, _WeightsBackward): ...
 
 
 class _DrawRngStateWithJvp(_DrawRngState):

@@ -7,12 +7,13 @@ Source: Dao, FlashAttention-2 (2023), algorithms 1 and 2; the formula is `flash_
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nested._internal.nested_tensor import NestedTensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _transforms
@@ -70,7 +71,7 @@ def scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal,
                 scale=scale, enable_gqa=enable_gqa,
             )  # fmt: skip
-        if isinstance(attn_mask, CausalBias):
+        if _is_causal_bias(attn_mask):
             return _causal_bias_sdpa(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
             )
@@ -94,11 +95,18 @@ def scaled_dot_product_attention(
     return out
 
 
+def _is_causal_bias(attn_mask: Tensor | None) -> bool:
+    """Importing the class costs as much memory as torch.compile, so it is not imported here:
+    where nobody else has, there is no such mask."""
+    module = sys.modules.get("torch.nn.attention.bias")
+    return module is not None and isinstance(attn_mask, module.CausalBias)
+
+
 def _causal_bias_sdpa(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: CausalBias,
+    bias: Any,
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
@@ -108,7 +116,7 @@ def _causal_bias_sdpa(
     if is_causal:
         raise ValueError("CausalBias should not be used with causal=True")
     check_causal_bias(query, key, value, bias)
-    if bias.variant == CausalVariant.UPPER_LEFT or bias.seq_len_q == bias.seq_len_kv:
+    if bias.variant.name == "UPPER_LEFT" or bias.seq_len_q == bias.seq_len_kv:
         return scaled_dot_product_attention(
             query, key, value, None, dropout_p, True, scale=scale, enable_gqa=enable_gqa
         )
@@ -122,7 +130,7 @@ def _causal_bias_sdpa(
     )  # fmt: skip
 
 
-def check_causal_bias(query: Tensor, key: Tensor, value: Tensor, bias: CausalBias) -> None:
+def check_causal_bias(query: Tensor, key: Tensor, value: Tensor, bias: Any) -> None:
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
             "Expected query, key, and value to have the same dtype, "
@@ -166,9 +174,7 @@ def _sdpa_over_attention(
     )
     out, _ = _attend(
         q, k, v,
-        bias=bias if _transforms.is_given(bias) else None,
-        mask=mask if _transforms.is_given(mask) else None,
-        dropout_p=dropout_p, rng_state=None, scale=scale, deterministic=None,
+        bias=bias, mask=mask, dropout_p=dropout_p, rng_state=None, scale=scale, deterministic=None,
         bottom_right=bottom_right, window_right=0 if is_causal else None,
     )  # fmt: skip
     inner = 3 if enable_gqa else 2  # the dimensions that do not broadcast
