@@ -166,32 +166,25 @@ struct BackwardCompute {
 
   /// All blocks of queries of one query head: masked, full, masked.
   FLASH_DEVICE void run_head(const BackwardTileId& tile, bool is_last_head) {
-    const int full_begin = to_uniform(tile.full.begin), full_end = to_uniform(tile.full.end);
-    const int end = to_uniform(tile.visit.end);
+    const int full_end = to_uniform(tile.full.end), end = to_uniform(tile.visit.end);
+    const int full_begin = to_uniform(tile.full.begin);
     int m_block = to_uniform(tile.visit.begin);
-    if constexpr (kNextStep) {
-      step_with_previous_dq</*kIsFirst=*/true>(m_block, /*is_masked=*/true);
+    auto next = [&](bool is_masked) {
+      if constexpr (kNextStep) {
+        step_with_previous_dq</*kIsFirst=*/false>(m_block, is_masked);
+      } else {
+        step(m_block, is_masked, is_last_head && m_block + 1 == end);
+      }
       ++m_block;
+    };
+    if constexpr (kNextStep) step_with_previous_dq</*kIsFirst=*/true>(m_block++, true);
 #pragma unroll 1
-      for (; m_block < end; ++m_block) {
-        if (m_block >= full_begin && m_block < full_end) {
-          step_with_previous_dq</*kIsFirst=*/false>(m_block, /*is_masked=*/false);
-        } else {
-          step_with_previous_dq</*kIsFirst=*/false>(m_block, /*is_masked=*/true);
-        }
-      }
-      last_dq(is_last_head);
-    } else {
+    while (m_block < full_begin) next(/*is_masked=*/true);
 #pragma unroll 1
-      for (; m_block < end; ++m_block) {
-        const bool is_last = is_last_head && m_block + 1 == end;
-        if (m_block >= full_begin && m_block < full_end) {
-          step(m_block, /*is_masked=*/false, is_last);
-        } else {
-          step(m_block, /*is_masked=*/true, is_last);
-        }
-      }
-    }
+    while (m_block < full_end) next(/*is_masked=*/false);
+#pragma unroll 1
+    while (m_block < end) next(/*is_masked=*/true);
+    if constexpr (kNextStep) last_dq(is_last_head);
   }
 
   FLASH_DEVICE void run() {
