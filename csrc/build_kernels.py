@@ -144,7 +144,7 @@ def _add_tests(plan: Plan) -> None:
         if layer == "cuda" and plan.toolkit is not None:
             flags += f" -isystem {plan.toolkit.include}"
             libraries = f"{plan.toolkit.cudart} -Wl,-rpath,{plan.toolkit.cudart.parent}"
-        inputs = [source] + [archives[layer]] * (layer in archives)
+        inputs = [source, *(archives[name] for name in archives if name == layer)]
         plan.tests.append(
             plan.add(_object_path(source, ""), "program", inputs, flags=flags, libs=libraries)
         )
