@@ -26,6 +26,8 @@ from .rivals import Inputs, Rival, make_inputs, refusal_reason
 # A measurement repeats the call until it is this long, so that clock reads do not count.
 _MEASUREMENT_S = {"cpu": 4e-3, "cuda": 2e-3}
 _MAX_CALLS = 50
+# A call of this length needs no second one to be warm.
+_LONG_CALL_S = 0.3
 # Eager softmax attention holds scores, weights and their gradients at once.
 _QUADRATIC_TENSORS = {"forward": 3, "backward": 5, "both": 5}
 
@@ -101,20 +103,21 @@ def _calibrate(case: Case, rival: Rival, x: Inputs, device: torch.device) -> _En
         warnings.simplefilter("always")
         try:
             with rival.context():
-                call = _timed_call(case, rival, x)
-                call()
-                synchronize(device)
-                begin = time.perf_counter()
-                call()
-                synchronize(device)
-                once = time.perf_counter() - begin
-                del call
-                with PeakMemory(device) as peak:  # the forward pass included, whatever is timed
-                    _timed_call(case, rival, x)()
+                entry = _Entry(rival)
+                for _ in range(2):  # the first call loads and allocates what later ones find
+                    with PeakMemory(device) as peak:  # a forward pass that is not timed included
+                        call = _timed_call(case, rival, x)
+                        begin = time.perf_counter()
+                        call()
+                        synchronize(device)
+                        entry.call_s = time.perf_counter() - begin
+                        del call
+                    entry.peak_bytes = peak.bytes
+                    if entry.call_s > _LONG_CALL_S:
+                        break
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             return refusal_reason(rival.name, error, seen)
-    calls = max(1, min(_MAX_CALLS, round(_MEASUREMENT_S[device.type] / max(once, 1e-7))))
-    return _Entry(rival, calls, once, peak.bytes)
+    return entry
 
 
 def _time_once(case: Case, entry: _Entry, x: Inputs, device: torch.device) -> float:
@@ -140,9 +143,9 @@ def _warm_up(case: Case, entries: list[_Entry], sets: list[Inputs], plan: Plan) 
     """Load for warmup_s, so that clocks and power have settled; calls per measurement follow."""
     end = time.perf_counter() + plan.warmup_s
     for entry in entries:
-        seconds = _time_once(case, entry, sets[0], plan.device)
-        entry.call_s = seconds
-        wanted = round(_MEASUREMENT_S[plan.device.type] / max(seconds, 1e-7))
+        if entry.call_s < _LONG_CALL_S:
+            entry.call_s = _time_once(case, entry, sets[0], plan.device)
+        wanted = round(_MEASUREMENT_S[plan.device.type] / max(entry.call_s, 1e-7))
         entry.calls = max(1, min(_MAX_CALLS, wanted))
     fastest = min(entries, key=lambda entry: entry.call_s)
     turn = 0
@@ -156,11 +159,13 @@ def _rounds(
 ) -> None:
     """Rounds until the time is spent. A rival far slower than the best gets the fewest."""
     end = time.perf_counter() + plan.seconds
-    best = min(entry.call_s for entry in entries)
+    present = list(entries)
     for turn in range(plan.rounds):
         if turn >= plan.min_rounds and time.perf_counter() > end:
             break
-        present = [e for e in entries if turn < plan.min_rounds or e.call_s < 10 * best]
+        if turn == plan.min_rounds:
+            best = min(min(entry.samples) for entry in entries)
+            present = [entry for entry in entries if min(entry.samples) < 10 * best]
         order.shuffle(present)
         for entry in present:
             sample = _time_once(case, entry, sets[turn % len(sets)], plan.device)
