@@ -326,7 +326,7 @@ void forward(const ForwardParams& p, const Launch& launch) {
   ForwardCall call{p,
                    WorkspaceLayout::of(p),
                    UnitGrid::of(p, shared ? launch.workers->count() : 1),
-                   Real(natural ? p.softmax_scale : p.softmax_scale * double(kLog2E)),
+                   Real(natural ? p.softmax_scale : p.softmax_scale * M_LOG2E),
                    natural ? kLog2E : Real(1),
                    static_cast<char*>(launch.workspace),
                    0};

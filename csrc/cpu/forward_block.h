@@ -91,7 +91,7 @@ FLASH_NOINLINE void modify_block(const ScoreMod& mod, const Lanes& lanes, const 
 template <int kVectors, bool kMarkDropped>
 FLASH_NOINLINE void softmax_block(Real* s, const Rows& v, bool fetch_v, Real* row_max,
                                   const Real* new_max, Real* row_sum, Real* alpha) {
-  VectorGroup<kVectors> base, sum;
+  VectorGroup<kVectors> base, sum = splat_group<kVectors>(0);
   FLASH_UNROLL
   for (int x = 0; x < kVectors; ++x) {
     const Vector old_max = load(row_max + x * kLanes);
@@ -101,7 +101,6 @@ FLASH_NOINLINE void softmax_block(Real* s, const Rows& v, bool fetch_v, Real* ro
     const Vector factor = exp2_bounded(old_max - base.x[x]);
     store(alpha + x * kLanes, factor);
     store(row_max + x * kLanes, max);
-    sum.x[x] = factor * load(row_sum + x * kLanes);
   }
   for (int j = 0; j < v.count; ++j) {
     if (fetch_v) prefetch(v.data + j * v.stride, v.width);
@@ -115,7 +114,11 @@ FLASH_NOINLINE void softmax_block(Real* s, const Rows& v, bool fetch_v, Real* ro
       store(score, p);
     }
   }
-  store_group(row_sum, sum);
+  FLASH_UNROLL
+  for (int x = 0; x < kVectors; ++x) {
+    Real* total = row_sum + x * kLanes;
+    store(total, fma(load(total), load(alpha + x * kLanes), sum.x[x]));
+  }
 }
 
 /// P^T *= 0 or 1. A mark of -0 survives.
@@ -146,13 +149,14 @@ FLASH_NOINLINE void output_of_kept_pairs(const Group& group, int pitch, const Ro
                                          const Real* p, const Real* alpha) {
   for (int i = 0; i < group.queries.count(); ++i) {
     for (int c = 0; c < v.width; ++c) {
-      Real& out = group.o[c * group.column_step + i * group.o_lane_step];
-      out *= alpha[i];
+      Vector acc = splat(0);
       for (int j = 0; j < v.count; ++j) {
         const Real weight = p[j * pitch + i];
         if (weight == 0 && __builtin_signbit(weight)) continue;
-        out = fma(splat(v.data[j * v.stride + c]), splat(weight), splat(out))[0];
+        acc = fma(splat(v.data[j * v.stride + c]), splat(weight), acc);
       }
+      Real& out = group.o[c * group.column_step + i * group.o_lane_step];
+      out = fma(splat(out), splat(alpha[i]), acc)[0];
     }
   }
 }

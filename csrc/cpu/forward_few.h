@@ -83,19 +83,22 @@ FLASH_NOINLINE void score_few(const Rows& k, const Real* q, int64_t row_step, in
   store(row_max, max);
 }
 
-/// O[i][.] = alpha[i] O[i][.], then add(O), for kRows queries and kVectors vectors of columns.
-template <int kRows, int kVectors, class Add>
-FLASH_INLINE void output_few_tile(Real* o, int64_t row_step, const Real* alpha, Add&& add) {
+/// O[i][.] = alpha[i] O[i][.] + what sum(acc) adds to 0, for kRows queries and kVectors vectors of
+/// columns.
+template <int kRows, int kVectors, class Sum>
+FLASH_INLINE void output_few_tile(Real* o, int64_t row_step, const Real* alpha, Sum&& sum) {
   VectorGroup<kVectors> acc[kRows];
   FLASH_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    acc[i] = load_group<kVectors>(o + i * row_step);
-    FLASH_UNROLL
-    for (int x = 0; x < kVectors; ++x) acc[i].x[x] *= broadcast(alpha + i);
-  }
-  add(acc);
+  for (int i = 0; i < kRows; ++i) acc[i] = splat_group<kVectors>(0);
+  sum(acc);
   FLASH_UNROLL
-  for (int i = 0; i < kRows; ++i) store_group(o + i * row_step, acc[i]);
+  for (int i = 0; i < kRows; ++i) {
+    FLASH_UNROLL
+    for (int x = 0; x < kVectors; ++x) {
+      Real* out = o + i * row_step + x * kLanes;
+      store(out, fma(load(out), broadcast(alpha + i), acc[i].x[x]));
+    }
+  }
 }
 /// O[i][c] = alpha[i] O[i][c] + sum_j P^T[j][i] V[j][c]
 template <int kRows>
