@@ -9,7 +9,7 @@ enum class DqOwner { kBothWarpgroups, kFirst };  // who computes dQ = dS K
 enum class DqOrder { kSameStep, kNextStep };  // when: in the step of its block, or under the next
 
 // Rows of the tile table: kBlockM queries of a step, against kBlockN = 128 keys of the CTA.
-// bf16, 16k tokens, hidden 2048, one H100; hopper.md 6.4 to 6.6 have what lost.
+// bf16, 16k tokens, hidden 2048, one H100; docs/hopper.md has what lost.
 struct BackwardTileD64 {  // dQ under the next step: +5-12 % from 4k
   static constexpr int kBlockM = 128;
   static constexpr DqOwner kDqOwner = DqOwner::kBothWarpgroups;

@@ -18,7 +18,7 @@ namespace flash::cuda::sm90 {
 //   kStages          of K and of V
 //   kQueryStages     2 or more: a tile begins under the last product of the tile before it
 //   kTakeTurns       order the products of the warpgroups
-// bf16, 16k tokens, hidden 2048, one H100; hopper.md 3.5 and 3.6 have what lost.
+// bf16, 16k tokens, hidden 2048, one H100; docs/hopper.md has what lost.
 struct TileD64Short {  // 256x64 against 192x128: +10 % up to 1k, equal to 4k, -5 % from 8k
   static constexpr int kMmaWarpgroups = 4, kBlockN = 64, kStages = 4, kQueryStages = 3;
   static constexpr bool kTakeTurns = true;
