@@ -128,7 +128,7 @@ def _draw_scaling(
             last[name] = y[-1]
         else:
             axes.annotate(
-                "no room beyond",
+                "not measured beyond",
                 (x[-1], y[-1]),
                 xytext=(8, -4),
                 textcoords="offset points",

@@ -27,9 +27,10 @@ _CHILD = "--measure-one-point"
 
 
 def measure_scaling(
-    config: Config, device: torch.device, lengths: list[int] | None
+    config: Config, device: torch.device, lengths: list[int] | None, minutes: float = 3.0
 ) -> list[dict[str, Any]]:
     """One row a (length, attention): tokens_per_s and peak_bytes, or `failed` with the reason."""
+    deadline = time.perf_counter() + 60 * minutes
     if lengths is None:
         lengths = list(CPU_LENGTHS if device.type == "cpu" else GPU_LENGTHS)
     rows: list[dict[str, Any]] = []
@@ -41,7 +42,12 @@ def measure_scaling(
             for name in ATTENTION:
                 point = dataclasses.replace(config, context=length, batch=1)
                 row = {"length": length, "attention": name}
-                row |= _in_child(point, name) if device.type == "cpu" else _on_gpu(point, name)
+                if time.perf_counter() > deadline:
+                    row["failed"] = "out of time"
+                elif device.type == "cpu":
+                    row |= _in_child(point, name)
+                else:
+                    row |= _on_gpu(point, name)
                 rows.append(row)
                 progress.advance(f"{length} tokens, {name}: {_shown(row)}")
     _print(rows, lengths)
@@ -62,7 +68,7 @@ def _print(rows: list[dict[str, Any]], lengths: list[int]) -> None:
             line = {"attention": name}
             for length in lengths:
                 value = found[length].get(field)
-                line[f"{length}"] = "no room" if value is None else f"{value * scale:,.0f}"
+                line[f"{length}"] = "-" if value is None else f"{value * scale:,.0f}"
             table.append(line)
         return table
 

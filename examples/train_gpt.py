@@ -119,8 +119,10 @@ def learning_rate(step: int, steps: int, peak: float = 2e-3) -> float:
     return peak * (1.0 - 0.9 * (step - warmup) / max(1, steps - warmup))
 
 
-def train(runs: list[Run], text: Text, steps: int, device: torch.device) -> None:
+def train(runs: list[Run], text: Text, steps: int, device: torch.device, minutes: float) -> None:
+    """Stops early if the machine has become much slower than `choose_steps` found it."""
     config = runs[0].model.config
+    deadline = time.perf_counter() + 1.25 * 60 * minutes
     with Progress("training", steps) as progress:
         for step in range(steps):
             tokens = text.batch(config, step).to(device)
@@ -137,6 +139,8 @@ def train(runs: list[Run], text: Text, steps: int, device: torch.device) -> None
                 run.seconds.append(time.perf_counter() - begin)
                 run.losses.append(loss)
             progress.advance("  ".join(f"{r.name} {r.losses[-1]:.4f}" for r in runs))
+            if time.perf_counter() > deadline:
+                break
     for run in runs:
         with torch.no_grad(), precision(device):
             held_out = [text.batch(config, i, validation=True).to(device) for i in range(8)]
@@ -229,8 +233,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"package   flash_attn {getattr(flash_attn, '__version__', '')}")
     minutes = arguments.minutes or (1.5 if device.type == "cuda" else 4.5)
     steps = arguments.steps or choose_steps(runs, text, device, minutes)
-    train(runs, text, steps, device)
-    results: dict[str, Any] = {"machine": where, "steps": steps, **dataclasses.asdict(config)}
+    train(runs, text, steps, device, float("inf") if arguments.steps else minutes)
+    results: dict[str, Any] = {"machine": where, **dataclasses.asdict(config)}
+    results["steps"] = len(runs[0].losses)
     results["training"] = report_training(runs)
     results["parity"] = report_parity(runs[-1], text, device)
     with precision(device):
