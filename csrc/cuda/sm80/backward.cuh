@@ -21,6 +21,7 @@
 #include "cuda/common/backward_convert.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/sm80/backward_scores.cuh"
+#include "cuda/sm80/shared_bytes.h"
 #include "cuda/tile_config.h"
 #include "primitives/ptx/red_add.cuh"
 #include "primitives/tile/gemm.cuh"
@@ -54,6 +55,8 @@ struct BackwardTraits {
     alignas(128) Element ds[kBlockN * kBlockM];
     QueryRow rows[2][kBlockM];
   };
+  static_assert(sizeof(SharedStorage) == backward_shared_bytes(kHeadDim, kVariant),
+                "the host asks the device for this much");
 };
 
 /// The query side of a CTA's work: the rows of one query head, copied into stage m_block % 2.
@@ -86,6 +89,50 @@ struct QueryLoads {
   }
 };
 
+/// Which query blocks a key block meets, and when it is its turn to add to their dQ in
+/// deterministic mode: the last key block comes first. Under a causal mask that is the one that
+/// starts at the query block, so nobody waits; and CTAs of later key blocks have smaller indices in
+/// this mode, so whoever is waited for has been started.
+template <int kBlockM, int kBlockN>
+struct QueryVisits {
+  const IntervalMask& mask;
+  int n_block;
+  bool in_order;
+
+  /// Below a negative window, rows and columns may disagree on which blocks meet. There, all do.
+  FLASH_DEVICE bool meets_all() const { return in_order && mask.lower > mask.upper; }
+  FLASH_DEVICE BlockRanges blocks() const {
+    if (meets_all()) return {{0, (mask.seqlen_q + kBlockM - 1) / kBlockM}, {0, 0}};
+    return mask.template query_blocks<kBlockM, kBlockN>(n_block);
+  }
+  FLASH_DEVICE int turn(int m_block) const {
+    if (meets_all()) return (mask.seqlen_k - 1) / kBlockN - n_block;
+    return mask.template key_blocks<kBlockM, kBlockN>(m_block).visit.end - 1 - n_block;
+  }
+};
+
+/// The dQ of one query head, which the CTAs of all key blocks add to, taking turns or not.
+template <class Traits>
+struct QueryGradients {
+  using Dq = typename Traits::Dq;
+
+  float* sums;
+  int* turns;           ///< a counter per query block; null: the order is free
+  int* held = nullptr;  ///< the turn that this CTA has not passed on yet
+
+  FLASH_DEVICE void add(int m_block, int turn, typename Dq::Accumulator& accdQ) {
+    if (turns) wait_for_turn(held = turns + m_block, turn);
+    Dq::for_each_quad(sums + m_block * int64_t(Dq::kElements), accdQ, red_add_quad);
+  }
+  /// A barrier of the CTA. It also passes the turn on, whose additions have had time to arrive.
+  FLASH_DEVICE void barrier() {
+    if (held) __threadfence();
+    __syncthreads();
+    if (held && threadIdx.x == 0) pass_turn(held);
+    held = nullptr;
+  }
+};
+
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kNumThreads)
     backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ RowView delta,
@@ -101,7 +148,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
 
   const bool is_dv_part = blockIdx.x % kParts == 0, is_dk_part = blockIdx.x % kParts == kParts - 1;
   const CtaPlace cta = CtaPlace::of(blockIdx.x / kParts, /*panels=*/1, n_blocks, p.num_heads_k);
-  const int n_block = n_blocks - 1 - cta.block, n_begin = n_block * kBlockN;
+  const bool in_order = p.deterministic && p.dq.data;
+  const int n_block = in_order ? cta.block : n_blocks - 1 - cta.block, n_begin = n_block * kBlockN;
   const Sequence q_sequence = Sequence::of(p.q_layout, cta.batch);
   const Sequence k_sequence = Sequence::of(p.k_layout, cta.batch);
   if (n_begin >= k_sequence.length) return;
@@ -113,7 +161,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
 
   // The mask as the keys see it: its rows are keys, its columns queries.
   const IntervalMask mask = p.mask_of(q_sequence, k_sequence), by_key = mask.transposed();
-  const BlockRanges blocks = mask.query_blocks<kBlockM, kBlockN>(n_block);
+  const QueryVisits<kBlockM, kBlockN> visits{mask, n_block, in_order};
+  const BlockRanges blocks = visits.blocks();
   const bool is_ragged = n_begin + kBlockN > k_sequence.length;  // has keys to mask in every block
   const int diagonal_offset = p.mask.diagonal_offset(q_sequence.length, k_sequence.length);
   const DqTiles dq_tiles = DqTiles::of(p, kBlockM);
@@ -135,6 +184,8 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
         .gdO = matrix_of<const Element>(p.dout, q_sequence, head, p.head_dim_v),
         .lse = static_cast<const float*>(p.lse.data) + p.lse.offset(q_sequence, head),
         .delta = static_cast<const float*>(delta.data) + delta.offset(q_sequence, head)};
+    QueryGradients<Traits> gradients{.sums = dq_sums + dq_tile * Dq::kElements,
+                                     .turns = in_order ? dq_turns + dq_tile : nullptr};
 
     const auto step = [&](int m_block, bool needs_mask) {
       const int m_begin = m_block * kBlockM, row = n_begin + warp_row;
@@ -146,33 +197,19 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
       RegisterTile<kRows, kBlockM> accS, accdP, slopes;
       accS.clear();
       gemm<kHeadDim>(accS, a_of(sK, warp_row), b_transposed_of(sQ));  // S^T = K Q^T
-      if constexpr (kGeneral)
-        for_each(accS, slopes, row, m_begin, [&](float& s, float& slope, int k, int q) {
-          const ModifiedScore<float> score = scores.of(s, q, k);
-          s = score.score;
-          slope = score.slope;
-        });
+      modify_scores(accS, slopes, scores, row, m_begin);
       if (needs_mask)
         fill_outside(accS, row, m_begin, -INFINITY,
                      [&](int k) { return Range{by_key.key_begin(k), by_key.key_end(k)}; });
-      auto rP = is_small ? weights_of<Element, true>(accS, scores.unit, rows)
-                         : weights_of<Element, false>(accS, scores.unit, rows);  // P^T
-      if constexpr (kGeneral)
-        if (scores.has_dropout()) scores.mark_dropped(rP, row, m_begin);
-
-      if (is_dv_part) {  // dV += P^T dO
-        if constexpr (kGeneral)
-          gemm<kBlockM>(accdV, KeptWeights<decltype(rP)>{rP}, b_of(sdO));
-        else
-          gemm<kBlockM>(accdV, rP, b_of(sdO));
-      }
+      const auto rP = weights_of(accS, scores, rows, is_small, row, m_begin);
+      if (is_dv_part) gemm<kBlockM>(accdV, kept<Traits::kVariant>(rP), b_of(sdO));  // dV += P^T dO
       if (!is_dk_part) return;
       accdP.clear();
       gemm<kHeadDim>(accdP, a_of(sV, warp_row), b_transposed_of(sdO));  // dP^T = V dO^T
       to_score_gradient(accdP, rP, slopes, scores, rows);
       const auto rdS = to_operand<Element>(accdP);
       store_operand(rdS, sdS, warp_row, 0);
-      __syncthreads();                      // dS is complete
+      gradients.barrier();                  // dS is complete
       gemm<kBlockM>(accdK, rdS, b_of(sQ));  // dK += dS^T Q
       if (!p.dq.data) return;
 
@@ -180,15 +217,10 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
       accdQ.clear();
       gemm<kBlockN>(accdQ, a_transposed_of(sdS, 0, Dq::first_row()),
                     b_of<Dq::kWarpsCols>(sK, 0, Dq::first_col()));  // dQ = dS K
-      int* const turns = dq_turns + dq_tile + m_block;
-      if (p.deterministic)
-        wait_for_turn(turns, n_block - mask.key_blocks<kBlockM, kBlockN>(m_block).visit.begin);
-      Dq::for_each_quad(dq_sums + (dq_tile + m_block) * Dq::kElements, accdQ, red_add_quad);
-      if (p.deterministic) end_turn(turns);
+      gradients.add(m_block, visits.turn(m_block), accdQ);
     };
 
     if (blocks.visit.begin == blocks.visit.end) break;
-    __syncthreads();  // the tiles of the head before are used up
     if (kGeneral || head == first_head) {
       load_tile<kNumThreads>(sK, gK, n_begin, keys);
       load_tile<kNumThreads>(sV, gV, n_begin, keys);
@@ -196,9 +228,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
     queries.load(blocks.visit.begin);
     for (int m = blocks.visit.begin; m < blocks.visit.end; ++m)
       step(m, /*needs_mask=*/is_ragged || m < blocks.full.begin || m >= blocks.full.end);
+    gradients.barrier();  // all tiles are used up: by those of the next head, or by dK and dV
   }
 
-  __syncthreads();  // K and V are used up: dK and dV take their places
   if constexpr (kGeneral)
     if (is_dv_part && p.features.dropout.enabled()) accdV.multiply(float(p.features.dropout.scale));
   if (is_dk_part) accdK.multiply(float(p.softmax_scale));

@@ -12,27 +12,56 @@ struct QueryRow {
   float lse, delta;
 };
 
+/// The score modifications of a tile of products, and d(score) / d(scale q.k).
+template <class Element, Variant kVariant, int kRows, int kCols>
+FLASH_DEVICE void modify_scores(RegisterTile<kRows, kCols>& accS,
+                                RegisterTile<kRows, kCols>& slopes,
+                                const Scores<Element, kVariant>& scores, int first_k, int first_q) {
+  if constexpr (kVariant == Variant::kGeneral)
+    for_each(accS, slopes, first_k, first_q, [&](float& s, float& slope, int k, int q) {
+      const ModifiedScore<float> score = scores.of(s, q, k);
+      s = score.score;
+      slope = score.slope;
+    });
+}
+
 /// P^T = exp(S^T - lse), rounded to an operand. kOneOperation: as in OnlineSoftmax, if every lse is
 /// small; otherwise the score is rounded as the forward rounded it, and lse taken off first.
 template <class Element, bool kOneOperation, int kRows, int kCols>
-FLASH_DEVICE RegisterOperand<Element, kRows, kCols> weights_of(
-    const RegisterTile<kRows, kCols>& scores, float unit, const QueryRow* rows) {
-  RegisterOperand<Element, kRows, kCols> weights;
+FLASH_DEVICE void exponentiate(const RegisterTile<kRows, kCols>& accS, float unit,
+                               const QueryRow* rows,
+                               RegisterOperand<Element, kRows, kCols>& weights) {
   const float unit_log2 = unit * kLog2E;
 #pragma unroll
-  for (int n = 0; n < scores.kTilesN; ++n) {
+  for (int n = 0; n < accS.kTilesN; ++n) {
     const float lse[2] = {rows[8 * n + lane_col()].lse, rows[8 * n + lane_col() + 1].lse};
     const auto weight = [&](float s, int e) {
       if constexpr (kOneOperation) return exp2_approx(fmaf(s, unit_log2, -lse[e] * kLog2E));
-      return exp2_approx((__fmul_rn(s, unit) - lse[e]) * kLog2E);
+      // At most 0 by definition, also for a huge score that is recomputed an ulp higher.
+      const float exponent = __fmul_rn(s, unit) - lse[e];
+      return exp2_approx(exponent > 0.f ? 0.f : exponent * kLog2E);
     };
 #pragma unroll
-    for (int m = 0; m < scores.kTilesM; ++m)
+    for (int m = 0; m < accS.kTilesM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         weights.at[m][n / 2][n % 2 * 2 + half] = pack<Element>(
-            weight(scores.at[m][n][2 * half], 0), weight(scores.at[m][n][2 * half + 1], 1));
+            weight(accS.at[m][n][2 * half], 0), weight(accS.at[m][n][2 * half + 1], 1));
   }
+}
+
+/// P^T with dropped weights marked by a minus sign.
+template <class Element, Variant kVariant, int kRows, int kCols>
+FLASH_DEVICE RegisterOperand<Element, kRows, kCols> weights_of(
+    const RegisterTile<kRows, kCols>& accS, const Scores<Element, kVariant>& scores,
+    const QueryRow* rows, bool is_small, int first_k, int first_q) {
+  RegisterOperand<Element, kRows, kCols> weights;
+  if (is_small)
+    exponentiate<Element, true>(accS, scores.unit, rows, weights);
+  else
+    exponentiate<Element, false>(accS, scores.unit, rows, weights);
+  if constexpr (kVariant == Variant::kGeneral)
+    if (scores.has_dropout()) scores.mark_dropped(weights, first_k, first_q);
   return weights;
 }
 
@@ -68,16 +97,22 @@ FLASH_DEVICE void to_score_gradient(RegisterTile<kRows, kCols>& accdP,
 }
 
 /// Weights as the left operand of dV = (dropped P)^T dO: marked ones are 0.
-template <class Weights>
+template <Variant kVariant, class Weights>
 struct KeptWeights {
-  using Element = typename Weights::Element;
   const Weights& weights;
 
   FLASH_DEVICE void load(uint32_t (&fragment)[4], int m, int k) const {
     weights.load(fragment, m, k);
+    if constexpr (kVariant == Variant::kGeneral)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) fragment[i] = positive_part<Element>(fragment[i]);
+      for (int i = 0; i < 4; ++i)
+        fragment[i] = positive_part<typename Weights::Element>(fragment[i]);
   }
 };
+
+template <Variant kVariant, class Weights>
+FLASH_DEVICE KeptWeights<kVariant, Weights> kept(const Weights& weights) {
+  return {weights};
+}
 
 }  // namespace flash::cuda::sm80

@@ -18,6 +18,7 @@
 #include "cuda/common/pair_score.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/sm80/scores.cuh"
+#include "cuda/sm80/shared_bytes.h"
 #include "cuda/sm80/softmax.cuh"
 #include "cuda/tile_config.h"
 #include "primitives/tile/copy.cuh"
@@ -43,6 +44,8 @@ struct ForwardTraits {
     alignas(128) Element k[kBlockN * kHeadDim];
     alignas(128) Element v[kBlockN * kHeadDim];
   };
+  static_assert(sizeof(SharedStorage) == forward_shared_bytes(kHeadDim, kVariant),
+                "the host asks the device for this much");
 };
 
 template <class Traits>

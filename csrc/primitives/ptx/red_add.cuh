@@ -18,8 +18,8 @@ FLASH_DEVICE void red_add_quad(float* sum, const float (&x)[4]) {
 #endif
 }
 
-/// Makes CTAs add in a fixed order: a counter in global memory says whose turn it is. All threads
-/// of the CTA call both functions.
+/// A counter in global memory by which CTAs take turns. All threads of a CTA wait; one passes the
+/// turn on, after a barrier that all threads reach behind their additions and a __threadfence().
 FLASH_DEVICE void wait_for_turn(const int* counter, int turn) {
   if (threadIdx.x == 0) {
     int now;
@@ -29,11 +29,8 @@ FLASH_DEVICE void wait_for_turn(const int* counter, int turn) {
   }
   __syncthreads();
 }
-FLASH_DEVICE void end_turn(int* counter) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0)
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+FLASH_DEVICE void pass_turn(int* counter) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
 }  // namespace flash
