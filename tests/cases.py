@@ -57,6 +57,9 @@ CASES = [
     Case("one_of_everything", 1, 1, 1, 1, 1, 1),
     Case("two_by_two", 2, 2, 2, 2, 2, 8),
     Case("one_query", seqlen_q=1, seqlen_k=130),
+    Case("three_queries", heads=3, seqlen_q=3, seqlen_k=77, head_dim=40),
+    Case("four_queries_causal_gqa", heads=4, heads_k=2, seqlen_q=4, seqlen_k=200,
+         causal="bottom_right"),
     Case("one_key", seqlen_q=70, seqlen_k=1),
     Case("lengths_63_64", seqlen_q=63, seqlen_k=64),
     Case("lengths_128_127", seqlen_q=128, seqlen_k=127, head_dim=32),
@@ -151,6 +154,7 @@ CASES = [
     Case("magnitude_10", values="times_10"),
     Case("common_offset", values="offset", scale=1.0),
     Case("all_equal", values="equal", causal="top_left"),
+    Case("values_with_an_offset", 1, 2, seqlen_q=64, seqlen_k=1024, values="value_offset"),
     Case("one_key_dominates", values="dominating"),
     Case("huge_inputs", values="huge", scale=2.0**-36, dtypes=_FLOATS_WITH_RANGE),
     Case("subnormal", values="subnormal"),
@@ -172,7 +176,7 @@ def random_case(seed):
         return value if draw.random() < probability else otherwise
 
     def length():
-        return draw.choice((1, 2, 7, 16, 31, 33, 63, 64, 65, 100, 128, 129, 200))
+        return draw.choice((1, 2, 3, 4, 7, 16, 31, 33, 63, 64, 65, 100, 128, 129, 200))
 
     heads_k = draw.choice((1, 2, 3))
     packed = draw.random() < 0.3

@@ -76,6 +76,11 @@ class Backend:
         self.name = name
         self.device = "cpu" if name == "cpu" else "cuda"
 
+    @property
+    def dtype(self):
+        """Name of the most exact dtype that the backend is meant for."""
+        return "bfloat16" if self.name.startswith("sm") else "float32"
+
     def __repr__(self):
         return self.name
 
@@ -84,13 +89,19 @@ class Backend:
 
         return flash_attn.use_backend(self.name)
 
-    def skip_unless_supported(self, inputs, backward):
+    def attention(self, *tensors, deterministic=False, **features):
+        """The operator on this backend; skips the test by the backend's own reason. A backward
+        pass follows the forward, so it needs no context."""
         import torch
 
-        reasons = inputs.call(torch.ops.flash_attn._why_unsupported, backend=self.name,
-                              backward=backward)  # fmt: skip
+        ops = torch.ops.flash_attn
+        given = [*tensors, *features.values()]
+        backward = any(isinstance(t, torch.Tensor) and t.requires_grad for t in given)
+        reasons = ops._why_unsupported(*tensors, **features, backend=self.name, backward=backward)
         if reasons:
             pytest.skip(f"{self.name}: " + "; ".join(reasons))
+        with self.use():
+            return ops.attention(*tensors, **features, deterministic=deterministic)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -78,6 +78,8 @@ def _fill_values(case, q, k, v, dtype):
     elif case.values == "offset":
         q, k = q * 0.3, k * 0.3
         q[..., 0], k[..., 0] = 100, 100
+    elif case.values == "value_offset":
+        v = v + 10
     elif case.values == "equal":
         q, k = torch.ones_like(q), torch.ones_like(k)
     elif case.values == "dominating":

@@ -10,8 +10,8 @@ lucky, down to an error of 0; so there are three allowances, each with its reaso
   beyond 64, as a sum of random roundings grows; times the terms that a result is a sum of.
 - Gradients of float32: P is computed anew as exp(s - lse), where eager has it exactly normalised;
   the same error of a score, times the largest gradient.
-- Gradients of bias, slopes and sink sum over many rows that would cancel if out were not rounded:
-  delta = rowsum(dO o O) of each row carries the rounding of O.
+- All gradients but dv: delta = rowsum(dO o O) carries the rounding of out, where eager has the sum
+  before it. In those of bias, slopes and sink this adds up over rows that would cancel.
 
 float64 has no better reference than itself: all sums there may be off by 2^-49 of their terms.
 """
@@ -33,7 +33,7 @@ UNIT = {
     torch.float32: 2.0**-24,
     torch.float64: 2.0**-53,
 }
-FEW_ROWS = 512
+FEW_ROWS = 1024
 
 
 @dataclasses.dataclass
@@ -185,11 +185,15 @@ def _allowance(true, name, tensor):
     return 2 * spacing + _score_error(true) * true.size[name]
 
 
-def _summed_noise(true, name, tensor):
-    """Of the rows of delta that one element of a gradient sums over."""
-    if name not in ("bias", "alibi_slopes", "sink") or not tensor.numel():
-        return 0.0
+def _delta_error(true, name, tensor):
+    """By the rows of delta that one element of a gradient sums over."""
     inputs = true.inputs
+    if name == "v" or not tensor.numel():
+        return 0.0
+    if name in ("q", "k"):
+        other = inputs.tensors["k" if name == "q" else "q"].double().nan_to_num(0)
+        root_mean_square = other.square().mean().sqrt().item()
+        return true.delta_noise * abs(inputs.options["scale"]) * root_mean_square
     rows = inputs.dlse.numel() / tensor.numel() * (tensor.shape[-1] if tensor.dim() == 4 else 1)
     distance = max(inputs.tensors[n].shape[-2] for n in "qk") if name == "alibi_slopes" else 1
     return 2 * true.delta_noise * max(rows, 1) ** 0.5 * distance
@@ -221,7 +225,7 @@ def check_grads(true, ours):
         if grad.dtype != leaf.dtype:
             _fail(_what(true, "d" + name), f"dtype {grad.dtype}, expected {leaf.dtype}")
         ref, eager = true.ref.grads[name], true.eager.grads[name]
-        allowance = _allowance(true, name, ref) + _summed_noise(true, name, ref)
+        allowance = _allowance(true, name, ref) + _delta_error(true, name, ref)
         check(_what(true, "d" + name), grad, ref, eager, unit, allowance, relative)
 
 

@@ -9,7 +9,6 @@ import torch
 
 from flash_attn import reference
 
-attention = torch.ops.flash_attn.attention
 CHUNK = 64
 
 
@@ -37,13 +36,10 @@ SHAPES = [(1, 1, 1, 1), (2, 3, 50, 70), (1, 2, 200, 33), (1, 1, 16, 32), (2, 1, 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_mask_is_that_of_the_reference(backend, dtype, shape, p):
-    if backend.name.startswith("sm") and dtype == torch.float32:
-        pytest.skip(f"{backend.name} takes 16-bit inputs")
     state = rng_state(backend.device)
 
     def call(q, k, v):
-        with backend.use():
-            return attention(q, k, v, rng_state=state, dropout_p=p)
+        return backend.attention(q, k, v, rng_state=state, dropout_p=p)
 
     kept = kept_in_forward(call, *shape, dtype, backend.device)
     assert torch.equal(kept, reference.dropout_keep(state, shape, p))
@@ -53,17 +49,14 @@ def test_mask_is_that_of_the_reference(backend, dtype, shape, p):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backward_uses_the_same_mask(backend, dtype):
     """dv_j = sum_i p_ij keep_ij do_i: with the identity for do, dv is the mask, transposed."""
-    if backend.name.startswith("sm") and dtype == torch.float32:
-        pytest.skip(f"{backend.name} takes 16-bit inputs")
     shape, state = (2, 2, 64, 150), rng_state(backend.device, seed=-5, offset=0)
     batch, heads, size_q, size_k = shape
     make = lambda *sizes: torch.zeros(*sizes, dtype=dtype, device=backend.device)  # noqa: E731
     q, k = make(batch, heads, size_q, 64), make(batch, heads, size_k, 64)
     v = make(batch, heads, size_k, size_q).requires_grad_()
     eye = torch.eye(size_q, dtype=dtype, device=backend.device).expand(batch, heads, -1, -1)
-    with backend.use():
-        out, _ = attention(q, k, v, rng_state=state, dropout_p=0.4)
-        (dv,) = torch.autograd.grad(out, v, eye)
+    out, _ = backend.attention(q, k, v, rng_state=state, dropout_p=0.4)
+    (dv,) = torch.autograd.grad(out, v, eye)
     assert torch.equal(dv.mT != 0, reference.dropout_keep(state, shape, 0.4))
 
 
@@ -73,36 +66,33 @@ def test_packing_does_not_matter(backend):
     make = lambda n: torch.randn(n, heads, dim, dtype=dtype, device=backend.device)  # noqa: E731
     q, k, v = make(sum(lengths_q)), make(sum(lengths_k)), make(sum(lengths_k))
     ends = lambda lengths: torch.tensor(  # noqa: E731
-        [0, *lengths], device=backend.device).cumsum(0).to(torch.int32)  # fmt: skip
-    with backend.use():
-        packed, _ = attention(q, k, v, cu_seqlens_q=ends(lengths_q), cu_seqlens_k=ends(lengths_k),
-                              max_seqlen_q=70, max_seqlen_k=90, rng_state=state, dropout_p=0.3,
-                              scale=0.1)  # fmt: skip
-        for b in range(3):
-            rows = slice(sum(lengths_q[:b]), sum(lengths_q[: b + 1]))
-            keys = slice(sum(lengths_k[:b]), sum(lengths_k[: b + 1]))
-            one = [
-                t.transpose(0, 1)[None].expand(3, -1, -1, -1) for t in (q[rows], k[keys], v[keys])
-            ]
-            dense, _ = attention(*one, rng_state=state, dropout_p=0.3, scale=0.1)
-            torch.testing.assert_close(dense[b].transpose(0, 1), packed[rows], rtol=0, atol=0)
+        [0, *lengths]).cumsum(0).to(backend.device, torch.int32)  # fmt: skip
+    packed, _ = backend.attention(
+        q, k, v, cu_seqlens_q=ends(lengths_q), cu_seqlens_k=ends(lengths_k), max_seqlen_q=70,
+        max_seqlen_k=90, rng_state=state, dropout_p=0.3, scale=0.1,
+    )  # fmt: skip
+    for b in range(3):
+        rows = slice(sum(lengths_q[:b]), sum(lengths_q[: b + 1]))
+        keys = slice(sum(lengths_k[:b]), sum(lengths_k[: b + 1]))
+        one = [t.transpose(0, 1)[None].expand(3, -1, -1, -1) for t in (q[rows], k[keys], v[keys])]
+        dense, _ = backend.attention(*one, rng_state=state, dropout_p=0.3, scale=0.1)
+        torch.testing.assert_close(dense[b].transpose(0, 1), packed[rows], rtol=0, atol=0)
 
 
 def test_almost_no_dropout_is_none(backend):
     """p = 1e-30 keeps everything and changes no bit."""
     make = lambda: torch.randn(2, 2, 70, 64, dtype=torch.float16, device=backend.device)  # noqa: E731
     q, k, v = make(), make(), make()
-    with backend.use():
-        without = attention(q, k, v)
-        almost = attention(q, k, v, rng_state=rng_state(backend.device), dropout_p=1e-30)
+    without = backend.attention(q, k, v)
+    almost = backend.attention(q, k, v, rng_state=rng_state(backend.device), dropout_p=1e-30)
     assert torch.equal(without[0], almost[0]) and torch.equal(without[1], almost[1])
 
 
 def test_everything_dropped(backend, poisoned):
     make = lambda: torch.randn(2, 2, 70, 64, dtype=torch.float16, device=backend.device)  # noqa: E731
     q, k, v = (make().requires_grad_() for _ in range(3))
-    with backend.use(), poisoned():
-        out, lse = attention(q, k, v, rng_state=rng_state(backend.device), dropout_p=1.0)
+    with poisoned():
+        out, lse = backend.attention(q, k, v, rng_state=rng_state(backend.device), dropout_p=1.0)
         grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     assert (out == 0).all() and lse.isfinite().all()
     assert all((grad == 0).all() for grad in grads)
@@ -111,9 +101,8 @@ def test_everything_dropped(backend, poisoned):
 def test_lse_is_before_dropout(backend):
     make = lambda: torch.randn(2, 2, 70, 64, dtype=torch.float16, device=backend.device)  # noqa: E731
     q, k, v = make(), make(), make()
-    with backend.use():
-        _, without = attention(q, k, v)
-        _, dropped = attention(q, k, v, rng_state=rng_state(backend.device), dropout_p=0.5)
+    _, without = backend.attention(q, k, v)
+    _, dropped = backend.attention(q, k, v, rng_state=rng_state(backend.device), dropout_p=0.5)
     assert torch.equal(without, dropped)
 
 
@@ -122,8 +111,7 @@ def test_keep_fraction(backend):
     state = rng_state(backend.device, seed=77)
 
     def call(q, k, v):
-        with backend.use():
-            return attention(q, k, v, rng_state=state, dropout_p=p)
+        return backend.attention(q, k, v, rng_state=state, dropout_p=p)
 
     kept = kept_in_forward(call, *shape, torch.float16, backend.device).double()
     deviation = math.sqrt(p * (1 - p) / kept.numel())

@@ -6,7 +6,6 @@ import torch
 from cases import BY_NAME
 from numerics import equal_bits, run, truth
 
-attention = torch.ops.flash_attn.attention
 NAMES = ["several_blocks_causal", "gqa", "all_features", "packed_features", "bias_heads",
          "head_dim_257", "gqa_bias_sink_slopes", "window"]  # fmt: skip
 DTYPES = ["float32", "bfloat16"]
@@ -23,7 +22,6 @@ def assert_equal(a, b, what):
 def inputs_of(request, backend):
     def inputs(name):
         made = truth(BY_NAME[name], request.param, backend.device).inputs
-        backend.skip_unless_supported(made, backward=True)
         return made
 
     return inputs
@@ -33,11 +31,10 @@ def inputs_of(request, backend):
 def test_run_to_run(backend, inputs_of, name):
     inputs = inputs_of(name)
     repeats = 50 if backend.device == "cuda" else 3
-    with backend.use():
-        first = run(attention, inputs, deterministic=True)
-        for repeat in range(repeats):
-            again = run(attention, inputs, deterministic=True)
-            assert_equal(first, again, f"repeat {repeat}")
+    first = run(backend.attention, inputs, deterministic=True)
+    for repeat in range(repeats):
+        again = run(backend.attention, inputs, deterministic=True)
+        assert_equal(first, again, f"repeat {repeat}")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,10 +44,10 @@ def test_number_of_threads(backend, inputs_of, name):
     inputs, before = inputs_of(name), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = run(attention, inputs)
+        alone = run(backend.attention, inputs)
         for threads in (2, 3, 5):
             torch.set_num_threads(threads)
-            assert_equal(alone, run(attention, inputs), f"{threads} threads")
+            assert_equal(alone, run(backend.attention, inputs), f"{threads} threads")
     finally:
         torch.set_num_threads(before)
 
@@ -75,37 +72,34 @@ def test_batch_does_not_matter(backend, inputs_of, name):
         dlse[shift : shift + inputs.dlse.shape[0]] = inputs.dlse
         return type(inputs)(inputs.case, inputs.dtype, tensors, inputs.options, dout, dlse)
 
-    with backend.use():
-        alone = run(attention, inputs, deterministic=True)
-        for n, shift in ((3, 0), (3, inputs.dout.shape[0]), (5, 1)):
-            among = run(attention, copies(n, shift), deterministic=True)
-            rows = slice(shift, shift + inputs.dout.shape[0])
-            assert equal_bits(alone.out, among.out[rows])
-            assert equal_bits(alone.lse, among.lse[rows])
-            for key in names:
-                assert equal_bits(alone.grads[key], among.grads[key][rows]), key
+    alone = run(backend.attention, inputs, deterministic=True)
+    for n, shift in ((3, 0), (3, inputs.dout.shape[0]), (5, 1)):
+        among = run(backend.attention, copies(n, shift), deterministic=True)
+        rows = slice(shift, shift + inputs.dout.shape[0])
+        assert equal_bits(alone.out, among.out[rows])
+        assert equal_bits(alone.lse, among.lse[rows])
+        for key in names:
+            assert equal_bits(alone.grads[key], among.grads[key][rows]), key
 
 
 def test_heads_do_not_matter(backend, inputs_of):
     inputs = inputs_of("square")
-    with backend.use():
-        both = run(attention, inputs, deterministic=True)
-        for head in range(2):
-            tensors = {n: t[:, head : head + 1] for n, t in inputs.tensors.items()}
-            one = type(inputs)(inputs.case, inputs.dtype, tensors, inputs.options,
-                               inputs.dout[:, head : head + 1],
-                               inputs.dlse[:, head : head + 1])  # fmt: skip
-            got = run(attention, one, deterministic=True)
-            assert equal_bits(both.out[:, head : head + 1], got.out)
-            for key, grad in got.grads.items():
-                assert equal_bits(both.grads[key][:, head : head + 1], grad), key
+    both = run(backend.attention, inputs, deterministic=True)
+    for head in range(2):
+        tensors = {n: t[:, head : head + 1] for n, t in inputs.tensors.items()}
+        one = type(inputs)(inputs.case, inputs.dtype, tensors, inputs.options,
+                           inputs.dout[:, head : head + 1],
+                           inputs.dlse[:, head : head + 1])  # fmt: skip
+        got = run(backend.attention, one, deterministic=True)
+        assert equal_bits(both.out[:, head : head + 1], got.out)
+        for key, grad in got.grads.items():
+            assert equal_bits(both.grads[key][:, head : head + 1], grad), key
 
 
 def test_torch_asks_for_determinism(backend, poisoned, inputs_of):
     """torch.use_deterministic_algorithms(True) implies deterministic=True."""
     inputs = inputs_of("several_blocks_causal")
-    with backend.use():
-        asked = run(attention, inputs, deterministic=True)
-        with poisoned():
-            implied = run(attention, inputs)
+    asked = run(backend.attention, inputs, deterministic=True)
+    with poisoned():
+        implied = run(backend.attention, inputs)
     assert_equal(asked, implied, "implied")

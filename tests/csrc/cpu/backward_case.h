@@ -72,8 +72,8 @@ class BackwardCall {
     g.dk = rows_of(p.dk, p.k_layout, p.num_heads_k, p.head_dim);
     g.dv = rows_of(p.dv, p.k_layout, p.num_heads_k, p.head_dim_v);
     g.dbias = values(p.dbias, bias_dtype(), bias_size());
-    g.dslopes = values(p.dslopes, accumulation(),
-                       int64_t(p.slopes_per_batch ? p.batch : 1) * p.num_heads);
+    g.dslopes =
+        values(p.dslopes, accumulation(), int64_t(p.slopes_per_batch ? p.batch : 1) * p.num_heads);
     g.dsink = values(p.dsink, accumulation(), p.num_heads);
     return g;
   }

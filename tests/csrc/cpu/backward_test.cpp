@@ -37,8 +37,8 @@ void print(const ForwardCase& c, uint64_t seed) {
                c.alibi, c.sink, c.dropout_p, (unsigned long long)seed);
 }
 
-/// One rounding of the result, and roundings of what it is a sum of: terms of the size of `terms` or
-/// of the largest result, by the accumulation's, and by those of out, which came rounded.
+/// One rounding of the result, and roundings of what it is a sum of: terms of the size of `terms`
+/// or of the largest result, by the accumulation's, and by those of out, which came rounded.
 void check_gradient(const char* name, const std::vector<double>& got,
                     const std::vector<double>& expected, DType result, DType dtype,
                     const ForwardCase& c, uint64_t seed, double terms = 1) {
@@ -47,8 +47,8 @@ void check_gradient(const char* name, const std::vector<double>& got,
   const double scores = 40 * (1 + c.magnitude * c.magnitude);
   const double rounding_of_out =
       element_bytes(dtype) > 2 ? 0 : roundoff(dtype) * std::fmax(1, std::sqrt(c.dv) / 4);
-  const double sums = (scores * roundoff(reference::accumulation(dtype)) + 4 * rounding_of_out) *
-                      largest;
+  const double sums =
+      (scores * roundoff(reference::accumulation(dtype)) + 4 * rounding_of_out) * largest;
   CHECK(got.size() == expected.size());
   for (size_t i = 0; i < got.size(); ++i) {
     const double bound = roundoff(result) * std::fabs(expected[i]) + sums;
@@ -75,7 +75,8 @@ void check_case(const ForwardCase& c, bool with_dlse, uint64_t seed, int threads
     check_gradient("dbias", got.dbias, expected.dbias, call.bias_dtype(), c.dtype, c, seed,
                    std::sqrt(summed));
   }
-  if (c.alibi) check_gradient("dslopes", got.dslopes, expected.dslopes, acc, c.dtype, c, seed, c.sq + c.sk);
+  if (c.alibi)
+    check_gradient("dslopes", got.dslopes, expected.dslopes, acc, c.dtype, c, seed, c.sq + c.sk);
   if (c.sink) check_gradient("dsink", got.dsink, expected.dsink, acc, c.dtype, c, seed);
 }
 
@@ -127,8 +128,8 @@ bool same_bits(const reference::Gradients& a, const reference::Gradients& b) {
 
 /// The same bits for every number of threads, whether they share a head or not, and every time.
 void check_repeatable(DType dtype) {
-  ForwardCase c{.dtype = dtype, .sq = 330, .sk = 400, .d = 64, .dv = 64, .mask = {true, 200, 0, 0}};
-  for (int heads_k : {1, 6}) {
+  ForwardCase c{.dtype = dtype, .sq = 210, .sk = 200, .d = 24, .dv = 16, .mask = {true, 100, 0, 0}};
+  for (int heads_k : {1, 5}) {
     for (bool features : {false, true}) {
       c.heads_k = heads_k, c.heads = 2 * heads_k;
       c.bias = c.alibi = c.sink = features;
@@ -197,9 +198,14 @@ enum class Where { kQ, kK, kV, kDout };
 /// NaN and infinity in a row stay with what it meets: the other gradients keep their bits.
 void check_poison(DType dtype, Drop drop, Where where) {
   constexpr int kRows = 150, kBad = 77;
-  ForwardCase c{
-      .dtype = dtype, .heads = 2, .heads_k = 2, .sq = kRows, .sk = kRows, .d = 32, .dv = 32,
-      .broadcast = 1 | 2};
+  ForwardCase c{.dtype = dtype,
+                .heads = 2,
+                .heads_k = 2,
+                .sq = kRows,
+                .sk = kRows,
+                .d = 32,
+                .dv = 32,
+                .broadcast = 1 | 2};
   if (drop == Drop::kCausal) c.mask.window_right = 0;
   c.bool_mask = drop == Drop::kBoolMask;
   c.bias = drop == Drop::kBias;
@@ -223,7 +229,8 @@ void check_poison(DType dtype, Drop drop, Where where) {
     for (int row = 0; row < 2 * kRows; ++row) {
       const int at = row % kRows;
       const bool first_head = row < kRows;
-      // Does query `at` meet the bad key, or is it bad; does key `at` meet the bad query, or is bad.
+      // Does query `at` meet the bad key, or is it bad; does key `at` meet the bad query, or is
+      // bad.
       bool q_touched = of_query ? at == kBad : meets(at, kBad);
       bool k_touched = of_query ? meets(kBad, at) : at == kBad;
       // Through S or dP a bad key spoils the rows of dS of its queries, and those no other key's
@@ -235,7 +242,8 @@ void check_poison(DType dtype, Drop drop, Where where) {
       auto equal = [&](const double* a, const double* b, int n) {
         for (int d = 0; d < n; ++d) {
           // Pair by pair the sums round otherwise.
-          if (!(std::fabs(a[d] - b[d]) <= 40 * roundoff(dtype) * (1 + std::fabs(a[d])))) return false;
+          if (!(std::fabs(a[d] - b[d]) <= 40 * roundoff(dtype) * (1 + std::fabs(a[d]))))
+            return false;
         }
         return true;
       };
@@ -248,11 +256,15 @@ void check_poison(DType dtype, Drop drop, Where where) {
 }
 
 void check_sizes() {
-  for (ForwardCase c : {ForwardCase{.sq = 0, .sk = 70}, {.sq = 70, .sk = 0}, {.heads = 0, .heads_k = 0},
-                        {.batch = 0}, {.sq = 70, .sk = 70, .d = 0}, {.sq = 70, .sk = 70, .dv = 0},
+  for (ForwardCase c : {ForwardCase{.sq = 0, .sk = 70},
+                        {.sq = 70, .sk = 0},
+                        {.heads = 0, .heads_k = 0},
+                        {.batch = 0},
+                        {.sq = 70, .sk = 70, .d = 0},
+                        {.sq = 70, .sk = 70, .dv = 0},
                         {.heads = 2, .sq = 40, .sk = 50, .d = 256, .dv = 256, .scale = 0.05},
                         {.heads = 2, .sq = 40, .sk = 50, .d = 512, .dv = 512, .scale = 0.05},
-                        {.sq = 700, .sk = 500, .d = 128, .dv = 128, .scale = 0.08}}) {
+                        {.sq = 300, .sk = 200, .d = 128, .dv = 128, .scale = 0.08}}) {
     for (int threads : {1, 2}) check_case(c, true, seed_of_run, threads);
   }
 }
@@ -269,7 +281,7 @@ int main(int argc, char** argv) {
     check_sizes();
     for (DType dtype : kDTypes) {
       if (dtype == DType::kFloat64 && isa != "portable") continue;  // the same object
-      for (int i = 0; i < 150; ++i) {
+      for (int i = 0; i < 100; ++i) {
         ForwardCase c = random_case(generator);
         c.dtype = dtype;
         check_case(c, i % 2 == 0, seed_of_run + i, 1 + i % 3);
@@ -284,6 +296,7 @@ int main(int argc, char** argv) {
       }
     }
     std::printf("  %s: ok, worst error %.2f of its bound\n", isa.c_str(), worst_ratio);
+    std::fflush(stdout);
   }
   cpu::set_isa("");
 }
