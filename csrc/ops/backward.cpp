@@ -27,7 +27,7 @@ void fill_without_keys(const Inputs& in, const Gradients& gradients, InputGradie
   if (dsink.numel() == 0 || !gradients.dlse.defined()) return;
   const at::Tensor dlse =
       at::where(gradients.lse.isinf(), at::zeros({}, gradients.lse.options()), gradients.dlse);
-  dsink.copy_(in.packed() ? dlse.sum({1}) : dlse.sum({0, 2}));
+  dsink.copy_(in.packed() ? dlse.sum(1) : dlse.sum(at::IntArrayRef({0, 2})));
 }
 
 /// Output of the kernel for a result: itself, or a tensor in the accumulation type (slopes, sink)
