@@ -12,7 +12,7 @@
 // earlier ones, which have been taken by running workers: nobody waits for ever.
 #pragma once
 
-#include "cpu/gradient_task.h"
+#include "cpu/backward_pack.h"
 #include "cpu/key_lanes.h"
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -21,19 +21,6 @@
 
 namespace flash::cpu {
 namespace {
-
-/// One kv head of one sequence.
-struct KvHead {
-  const GradientTask& task;
-  const BiasGradient& bias;
-  Variant variant;
-  int batch, head_k;
-  Sequence q_rows, k_rows;
-  IntervalMask mask;
-  HeadScratch scratch;
-
-  int query_head(int g) const { return head_k * task.p.gqa_ratio() + g; }
-};
 
 /// What weigh_pairs has to look at.
 enum class Pairs { kAllKept, kInterval, kGeneral };
@@ -56,74 +43,6 @@ void wait_for_turn(const int32_t* blocks_done, int block) {
     if (spins > 2000) sched_yield();
 #endif
   }
-}
-
-/// Packs the rows of a chunk; lse, delta; zero sums. A row with an infinite lse attends nothing:
-/// zeros stand for it. lse is in units of log2 where the scores will be.
-void prepare_chunk(const KvHead& head, const Chunk& chunk) {
-  const GradientTask& task = head.task;
-  const ForwardParams& p = task.p;
-  const int h = head.query_head(chunk.head), dq_width = head.scratch.dq_width;
-  const int dout_width = head.scratch.dout_width;
-  constexpr int64_t kPanelStride = int64_t(kChunkQueries) * kPanel;
-  const Real* lse = static_cast<const Real*>(p.lse.data) + p.lse.offset(head.q_rows, h);
-  Vector poison = splat(0);
-  uint8_t flags = 0;
-  for (int i = 0; i < round_up(chunk.rows, kPanelRows); ++i) {
-    const int64_t row = chunk.first_row + i;
-    Real* q = chunk.q + i * kPanel;
-    Real* dout = chunk.dout + i * kPanel;
-    const bool is_row = i < chunk.rows;
-    const bool is_empty = !is_row || lse[row] == kInfinity || lse[row] == -kInfinity;
-    if (is_row && is_empty) flags |= Chunk::kHasEmptyRow;
-    chunk.row_sums[i] = 0;
-    Real delta = 0;
-    if (is_row && task.dlse.data) {
-      delta -= static_cast<const Real*>(task.dlse.data)[task.dlse.offset(head.q_rows, h) + row];
-    }
-    if (is_empty) {
-      pack_zero_row(p.head_dim, q, kPanelStride);
-      pack_zero_row(dout_width, dout, kPanelStride);
-    } else {
-      pack_row(p.dtype, p.q.data, p.q.offset(head.q_rows, h) + row * p.q.row_stride, p.head_dim, q,
-               kPanelStride);
-      if (task.dout.data) {
-        pack_row(p.dtype, task.dout.data,
-                 task.dout.offset(head.q_rows, h) + row * task.dout.row_stride, p.head_dim_v, dout,
-                 kPanelStride);
-        const int64_t out = p.out.offset(head.q_rows, h) + row * p.out.row_stride;
-        Vector sum = splat(0);
-        for (int c = 0; c < p.head_dim_v; c += kPanel) {
-          alignas(64) Real values[kPanel] = {};
-          read_row(p.dtype, p.out.data, out + c, 1, smaller(kPanel, p.head_dim_v - c), values);
-          const Real* cotangents = dout + c / kPanel * kPanelStride;
-          for (int x = 0; x < kPanel; x += kLanes) {
-            // O of a row that keeps nothing is 0, and its dO may be anything.
-            const Vector o = load(values + x);
-            sum += select(o == splat(0), splat(0), o * load(cotangents + x));
-          }
-        }
-        delta += sum_of_lanes(sum);
-      } else {
-        pack_zero_row(dout_width, dout, kPanelStride);
-      }
-      for (int c = 0; c < dq_width; c += kPanel) {
-        poison += poison_of(q + c / kPanel * kPanelStride, kPanel);
-      }
-      for (int c = 0; c < dout_width; c += kPanel) {
-        poison += poison_of(dout + c / kPanel * kPanelStride, kPanel);
-      }
-    }
-    chunk.delta[i] = delta;
-    chunk.lse[i] = is_empty                            ? kInfinity
-                   : head.variant == Variant::kGeneral ? lse[row]
-                                                       : lse[row] * kLog2E;
-  }
-  if (!is_finite(poison)) flags |= Chunk::kNotFinite;
-  *chunk.flags = flags;
-  const Range keys = head.mask.any_keys(chunk.first_row, chunk.first_row + chunk.rows);
-  *chunk.blocks_done = keys.begin / kBlockKeys;
-  if (task.dq.data) std::memset(chunk.dq, 0, sizeof(Real) * kChunkQueries * dq_width);
 }
 
 /// Where the rows of a chunk meet a block of keys; false if they do not.
@@ -172,7 +91,7 @@ FLASH_NOINLINE void weigh_plain_pairs(const KvHead& head, const Step& step, Real
     }
     for (int j = begin; j < step.keys.end; j += kLanes) {
       const int64_t at = i * kScorePitch + j;
-      Vector weight = exp2_bounded(load(p + at) - lse);
+      Vector weight = exp2_bounded(not_above_zero(load(p + at) - lse));
       Vector gradient = weight * scale * (load(ds + at) - delta);
       if constexpr (kPairs == Pairs::kInterval) {
         const IntVector index = lane_numbers() + Int(j);
@@ -216,7 +135,8 @@ FLASH_NOINLINE Real weigh_general_pairs(const KvHead& head, const Step& step, Pa
     lanes.enter_row(q);
     for (int j = begin; j < step.keys.end; j += kLanes) {
       const int64_t at = i * kScorePitch + j;
-      const WeightVector w = lanes.weigh(j, load(p + at), step.chunk.lse[i]);
+      const WeightVector w = lanes.weigh(j, load(p + at), step.chunk.lse[i],
+                                         /*lse_is_theirs=*/!head.task.of_weights());
       Vector weight = w.weight, dp = load(ds + at);
       if (has_dropout) {
         const Vector factor = lanes.dropout_factor(j);
@@ -311,51 +231,6 @@ struct KeyBlock {
   }
 };
 
-/// Packs K and V of the block and clears its sums.
-void load_block(const KvHead& head, int n, KeyBlock& block) {
-  const GradientTask& task = head.task;
-  const ForwardParams& p = task.p;
-  const int64_t k_begin = int64_t(n) * kBlockKeys;
-  const int keys = smaller(kBlockKeys, int(head.mask.seqlen_k - k_begin));
-  constexpr int64_t kPanelStride = int64_t(kBlockKeys) * kPanel;
-  Vector poison = splat(0);
-  auto pack = [&](const TensorView& view, int width, Real* to) {
-    const int64_t at = view.offset(head.k_rows, head.head_k) + k_begin * view.row_stride;
-    for (int j = 0; j < keys; ++j) {
-      pack_row(p.dtype, view.data, at + j * view.row_stride, width, to + j * kPanel, kPanelStride);
-    }
-    for (int j = keys; j < kBlockKeys; ++j) pack_zero_row(width, to + j * kPanel, kPanelStride);
-    poison += poison_of(to, panels(width) * kPanelStride);
-  };
-  const Real factor =
-      Real(p.softmax_scale) * (head.variant == Variant::kGeneral ? Real(1) : kLog2E);
-  pack(p.k, p.head_dim, block.scratch.k);
-  transpose_block(block.scratch.k, p.head_dim, factor, block.scratch.k_t);
-  std::memset(block.scratch.dk, 0, sizeof(Real) * panels(p.head_dim) * kPanelStride);
-  if (!task.of_weights()) {
-    pack(p.v, p.head_dim_v, block.scratch.dv);
-    transpose_block(block.scratch.dv, p.head_dim_v, Real(1), block.scratch.v_t);
-    std::memset(block.scratch.dv, 0, sizeof(Real) * panels(p.head_dim_v) * kPanelStride);
-  }
-  block.is_finite = is_finite(poison);
-}
-
-void store_block(const KvHead& head, int n, const KeyBlock& block) {
-  const GradientTask& task = head.task;
-  const int64_t k_begin = int64_t(n) * kBlockKeys;
-  const int keys = smaller(kBlockKeys, int(head.mask.seqlen_k - k_begin));
-  auto unpack = [&](const TensorView& view, int width, const Real* from) {
-    if (!view.data) return;
-    const int64_t at = view.offset(head.k_rows, head.head_k) + k_begin * view.row_stride;
-    for (int j = 0; j < keys; ++j) {
-      unpack_row(task.p.dtype, from + j * kPanel, int64_t(kBlockKeys) * kPanel, width, view.data,
-                 at + j * view.row_stride);
-    }
-  };
-  unpack(task.dk, task.p.head_dim, block.scratch.dk);
-  unpack(task.dv, task.p.head_dim_v, block.scratch.dv);
-}
-
 /// One chunk against the block. Returns the part of the gradient of the ALiBi slope.
 Real run_step(const KvHead& head, int n, const Step& step, const KeyBlock& block) {
   const GradientTask& task = head.task;
@@ -400,7 +275,7 @@ Real run_step(const KvHead& head, int n, const Step& step, const KeyBlock& block
 
 /// dK and dV of block n, and its part of everything else.
 void run_block(const KvHead& head, int n, KeyBlock& block) {
-  load_block(head, n, block);
+  block.is_finite = load_block(head, n, block.scratch);
   const HeadScratch& scratch = head.scratch;
   for (int g = 0; g < head.task.p.gqa_ratio(); ++g) {
     Real slope_sum = 0;
@@ -412,7 +287,7 @@ void run_block(const KvHead& head, int n, KeyBlock& block) {
     }
     scratch.slope_sums[int64_t(g) * scratch.num_blocks + n] = slope_sum;
   }
-  store_block(head, n, block);
+  store_block(head, n, block.scratch);
 }
 
 }  // namespace

@@ -177,22 +177,6 @@ class BackwardRun {
     const int per_head = head.scratch.num_chunks;
     return head.scratch.chunk(int(index / per_head), int(index % per_head), head.mask.seqlen_q);
   }
-  void store_chunk(const KvHead& head, const Chunk& chunk) const {
-    const int h = head.query_head(chunk.head);
-    for (int i = 0; i < chunk.rows; ++i) {
-      const int64_t row = chunk.first_row + i;
-      if (task_.dq.data) {
-        unpack_row(task_.p.dtype, chunk.dq + i * kPanel, int64_t(kChunkQueries) * kPanel,
-                   task_.p.head_dim, task_.dq.data,
-                   task_.dq.offset(head.q_rows, h) + row * task_.dq.row_stride);
-      }
-      if (task_.lse_gradient.data) {
-        Real* to =
-            static_cast<Real*>(task_.lse_gradient.data) + task_.lse_gradient.offset(head.q_rows, h);
-        to[row] = -chunk.row_sums[i];
-      }
-    }
-  }
   /// The sums that are one number per head, and dbias where it sums over keys.
   void finish_head(const KvHead& head) const {
     const HeadScratch& scratch = head.scratch;

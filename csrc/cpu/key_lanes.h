@@ -33,6 +33,9 @@ FLASH_INLINE IntVector lane_numbers() {
   return index;
 }
 
+/// min(x, 0); NaN for NaN.
+FLASH_INLINE Vector not_above_zero(Vector x) { return select(x > splat(0), splat(0), x); }
+
 /// Rows of queries that one set of dropout decisions covers (dropout.h).
 constexpr int kDropoutRows = 16;
 
@@ -80,8 +83,9 @@ class KeyLanes {
     }
     entered_ = true;
   }
-  /// From softmax_scale q.k of the keys [j, j + kLanes) of the block to exp(score - lse).
-  FLASH_HOST_DEVICE WeightVector weigh(int j, Vector s, Real lse) const {
+  /// From softmax_scale q.k of the keys [j, j + kLanes) of the block to exp(score - lse). With the
+  /// lse of these very scores that is at most 1, whatever the rounding of huge ones says.
+  FLASH_HOST_DEVICE WeightVector weigh(int j, Vector s, Real lse, bool lse_is_theirs) const {
     const ScoreMod& mod = p_.features.score_mod;
     const ModifiedScore<Number> modified = mod.forward<Real>(Number{s}, Place{*this, j});
     const IntVector index = lane_numbers() + Int(j);
@@ -90,7 +94,8 @@ class KeyLanes {
     // -inf + NaN would not be -inf: a key that its bias drops may hold anything.
     if (mod.bias.data) dropped |= load(row_.bias + j) == splat(-kInfinity);
     if (lse == kInfinity || lse == -kInfinity) dropped |= -1;
-    const Vector weight = exp2_of((modified.score.x - splat(lse)) * splat(kLog2E));
+    const Vector exponent = (modified.score.x - splat(lse)) * splat(kLog2E);
+    const Vector weight = exp2_of(lse_is_theirs ? not_above_zero(exponent) : exponent);
     return {select(dropped, splat(0), weight), select(dropped, splat(1), modified.slope.x),
             dropped};
   }

@@ -73,7 +73,8 @@ void add_head_weights(const WeightsUnit& unit, int h, int k_begin, Real factor, 
   for (int i = 0; i < unit.rows; ++i) {
     lanes.enter_row(unit.q_begin + i);
     for (int j = 0; j < kBlockKeys; j += kLanes) {
-      const WeightVector w = lanes.weigh(j, load(tile.score(i, j)), lse[unit.q_begin + i]);
+      const WeightVector w = lanes.weigh(j, load(tile.score(i, j)), lse[unit.q_begin + i],
+                                         /*lse_is_theirs=*/false);
       Vector weight = w.weight * splat(factor);
       if (has_dropout) weight = select(w.dropped, splat(0), weight * lanes.dropout_factor(j));
       Real* sum = tile.sums + i * kBlockKeys + j;
