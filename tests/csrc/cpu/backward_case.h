@@ -78,6 +78,31 @@ class BackwardCall {
     return g;
   }
 
+  /// All bits one: a NaN in every dtype.
+  void poison() {
+    for (Memory& memory : outputs_) std::memset(memory.bytes.get(), 0xff, memory.size);
+  }
+  /// The rows inside sequences; all others, and the gaps, must be untouched.
+  std::vector<double> rows_of(const TensorView& t, const SequenceLayout& layout, int heads,
+                              int width) {
+    std::vector<double> result(int64_t(p.batch) * heads * layout.max * width, 0.0);
+    if (!t.data) return result;
+    const int64_t bytes = element_bytes(p.dtype);
+    for_each_row(layout, heads, [&](int b, int h, int i, const Sequence& s) {
+      const int64_t row = (int64_t(b) * heads + h) * layout.max + i;
+      const int64_t at = t.offset(s, h) + i * t.row_stride;
+      for (int d = 0; d < width; ++d) {
+        result[row * width + d] = reference::load(p.dtype, t.data, at + d);
+      }
+      std::memset(static_cast<char*>(t.data) + at * bytes, 0xff, width * bytes);
+    });
+    for (const Memory& memory : outputs_) {
+      if (memory.bytes.get() != t.data) continue;
+      for (int64_t i = 0; i < memory.size; ++i) CHECK(memory.bytes[i] == char(0xff));
+    }
+    return result;
+  }
+
  private:
   ForwardCall forward_;
   std::mt19937_64 generator_;
@@ -111,30 +136,6 @@ class BackwardCall {
     const int64_t pitch = width + 5;
     return {numbers(p.dtype, batch * heads * rows * pitch, magnitude), heads * rows * pitch, pitch,
             heads * pitch};
-  }
-  /// All bits one: a NaN in every dtype.
-  void poison() {
-    for (Memory& memory : outputs_) std::memset(memory.bytes.get(), 0xff, memory.size);
-  }
-  /// The rows inside sequences; all others, and the gaps, must be untouched.
-  std::vector<double> rows_of(const TensorView& t, const SequenceLayout& layout, int heads,
-                              int width) {
-    std::vector<double> result(int64_t(p.batch) * heads * layout.max * width, 0.0);
-    if (!t.data) return result;
-    const int64_t bytes = element_bytes(p.dtype);
-    for_each_row(layout, heads, [&](int b, int h, int i, const Sequence& s) {
-      const int64_t row = (int64_t(b) * heads + h) * layout.max + i;
-      const int64_t at = t.offset(s, h) + i * t.row_stride;
-      for (int d = 0; d < width; ++d) {
-        result[row * width + d] = reference::load(p.dtype, t.data, at + d);
-      }
-      std::memset(static_cast<char*>(t.data) + at * bytes, 0xff, width * bytes);
-    });
-    for (const Memory& memory : outputs_) {
-      if (memory.bytes.get() != t.data) continue;
-      for (int64_t i = 0; i < memory.size; ++i) CHECK(memory.bytes[i] == char(0xff));
-    }
-    return result;
   }
   std::vector<double> values(const void* data, DType dtype, int64_t count) const {
     std::vector<double> result(count, 0.0);
