@@ -178,7 +178,7 @@ def _allowance(true, name, tensor):
     dtype = true.inputs.dtype
     spacing = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     if dtype == torch.float64:
-        return 16 * spacing + _score_error(true) * true.size[name]
+        return 16 * spacing + _score_error(true) * max(true.size[name], _largest(tensor))
     rows = tensor.numel() // max(tensor.shape[-1], 1) if tensor.dim() else 1
     if rows > FEW_ROWS:
         return 2 * spacing
@@ -193,10 +193,15 @@ def _delta_error(true, name, tensor):
     if name in ("q", "k"):
         other = inputs.tensors["k" if name == "q" else "q"].double().nan_to_num(0)
         root_mean_square = other.square().mean().sqrt().item()
-        return true.delta_noise * abs(inputs.options["scale"]) * root_mean_square
+        return 2 * true.delta_noise * abs(inputs.options["scale"]) * root_mean_square
     rows = inputs.dlse.numel() / tensor.numel() * (tensor.shape[-1] if tensor.dim() == 4 else 1)
-    distance = max(inputs.tensors[n].shape[-2] for n in "qk") if name == "alibi_slopes" else 1
-    return 2 * true.delta_noise * max(rows, 1) ** 0.5 * distance
+    weight = 1.0
+    if name == "alibi_slopes":  # the mean distance, about a third of the length
+        weight = max(inputs.tensors[n].shape[-2] for n in "qk") / 3
+    elif name == "sink":  # its share of a row
+        share = torch.exp(inputs.tensors["sink"].double()[:, None] - true.ref.lse)
+        weight = share[share.isfinite()].square().mean().sqrt().item()
+    return 2 * true.delta_noise * max(rows, 1) ** 0.5 * weight
 
 
 def _what(true, name):
