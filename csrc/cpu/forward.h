@@ -25,7 +25,8 @@ constexpr int kUnitGroups = 4;
 /// Multiply-adds below which waking other threads costs more than it gains: about 20 us of work.
 constexpr double kWorthSharing = 1e6;
 
-/// The rows of a call that share a pass over the keys are few: lanes = head_dim.
+/// The rows of a call that share a pass over the keys are few: lanes = head_dim. Known from the
+/// longest sequence and the ratio of heads alone, so that no row's bits depend on the batch.
 FLASH_INLINE bool has_few_queries(const ForwardParams& p) {
   return int64_t(p.gqa_ratio()) * p.q_layout.max <= kFewQueries;
 }
@@ -142,33 +143,47 @@ FLASH_NOINLINE void load_queries(const ForwardParams& p, const Sequence& sequenc
 FLASH_INLINE Real log2_of(Real x) { return sizeof(Real) == 4 ? Real(log2f(x)) : Real(log2(x)); }
 FLASH_INLINE Real exp2_of(Real x) { return exp2_of(splat(x))[0]; }
 
-/// O = O^T / l and lse = (m + log2 l) ln 2; of an empty row, 0 and -inf. A sink is one more key
-/// with a logit and no value: l 2^m becomes l 2^m + 2^sink.
+/// What scores are counted in: exp(score) = 2^(to_log2 score), natural logarithm = to_natural
+/// score.
+struct ScoreUnit {
+  Real to_log2, to_natural, from_natural;
+
+  /// Where terms are added to scores. A bool mask alone is none, so that one that keeps everything
+  /// changes no bit.
+  static ScoreUnit of(const ScoreMod& mod) {
+    const bool natural = mod.softcap > 0 || mod.bias.data || mod.alibi_slopes;
+    return natural ? ScoreUnit{kLog2E, 1, 1} : ScoreUnit{1, kLn2, kLog2E};
+  }
+};
+
+/// O = O^T / l and lse = ln(l e^m); of an empty row, 0 and -inf. A sink is one more key with a
+/// logit and no value: l e^m becomes l e^m + e^sink.
 struct RowResult {
   Real factor, lse;
 
-  static FLASH_HOST_DEVICE RowResult of(Real max, Real sum) {
+  static FLASH_HOST_DEVICE RowResult of(Real max, Real sum, const ScoreUnit& unit) {
     if (sum == 0) return {0, -kInfinity};
-    return {1 / sum, (max + log2_of(sum)) * kLn2};
+    return {1 / sum, max * unit.to_natural + log2_of(sum) * kLn2};
   }
-  static FLASH_HOST_DEVICE RowResult with_sink(Real max, Real sum, Real sink) {
+  static FLASH_HOST_DEVICE RowResult with_sink(Real max, Real sum, Real sink,
+                                               const ScoreUnit& unit) {
     if (sum == 0) return {0, sink};
-    const Real logit = sink * kLog2E, new_max = logit > max ? logit : max;
+    const Real logit = sink * unit.from_natural, new_max = logit > max ? logit : max;
     const Real base = new_max == -kInfinity ? 0 : new_max;
-    const Real shrink = exp2_of(max - base);
-    const Real total = sum * shrink + exp2_of(logit - base);
-    return {shrink / total, (base + log2_of(total)) * kLn2};
+    const Real shrink = exp2_of((max - base) * unit.to_log2);
+    const Real total = sum * shrink + exp2_of((logit - base) * unit.to_log2);
+    return {shrink / total, base * unit.to_natural + log2_of(total) * kLn2};
   }
 };
 template <class Element>
 FLASH_NOINLINE void store_output(const ForwardParams& p, const Sequence& sequence,
-                                 const Group& group) {
+                                 const ScoreUnit& unit, const Group& group) {
   const Features& features = p.features;
   for_each_query(group.queries, [&](int i, int head, int64_t q) {
-    RowResult row =
-        features.sink.enabled()
-            ? RowResult::with_sink(group.row_max[i], group.row_sum[i], features.sink.of<Real>(head))
-            : RowResult::of(group.row_max[i], group.row_sum[i]);
+    const Real max = group.row_max[i], sum = group.row_sum[i];
+    RowResult row = features.sink.enabled()
+                        ? RowResult::with_sink(max, sum, features.sink.of<Real>(head), unit)
+                        : RowResult::of(max, sum, unit);
     static_cast<Real*>(p.lse.data)[p.lse.offset(sequence, head) + q] = row.lse;
     if (features.dropout.enabled()) row.factor *= Real(features.dropout.scale);
     Element* out =
@@ -205,7 +220,8 @@ struct ForwardCall {
   const ForwardParams& p;
   WorkspaceLayout layout;
   UnitGrid grid;
-  Real scale, unit;  ///< folded into Q^T; then times unit: scores in units of log2
+  ScoreUnit unit;
+  Real scale;  ///< folded into Q^T
   char* workspace;
   int64_t next_unit;  ///< shared by the workers, atomic
 };
@@ -283,8 +299,8 @@ FLASH_NOINLINE void run_unit(const ForwardCall& call, int64_t index, Real* scrat
       const Rows group_k = part(k, k_begin - block.begin, count);
       const Rows group_v = part(v, k_begin - block.begin, count);
       auto step = [&]<int kVectors> {
-        forward_block<kVectors, kOrientation, kVariant, Element>(group, p, call.unit, k_begin,
-                                                                 group_k, group_v, block_scratch);
+        forward_block<kVectors, kOrientation, kVariant, Element>(
+            group, p, call.unit.to_log2, k_begin, group_k, group_v, block_scratch);
       };
       const int vectors = group.queries.vectors();
       if (kOrientation == Orientation::kHeadDim || vectors == 1) {
@@ -294,7 +310,8 @@ FLASH_NOINLINE void run_unit(const ForwardCall& call, int64_t index, Real* scrat
       }
     }
   }
-  for (int g = 0; g < unit.num_groups; ++g) store_output<Element>(p, unit.qs, unit.groups[g]);
+  for (int g = 0; g < unit.num_groups; ++g)
+    store_output<Element>(p, unit.qs, call.unit, unit.groups[g]);
 }
 
 template <Orientation kOrientation, Variant kVariant, class Element>
@@ -319,15 +336,12 @@ void forward(const ForwardParams& p, const Launch& launch) {
                           : double(p.batch) * p.num_heads * p.q_layout.max;
   const double products = rows * p.k_layout.max * (p.head_dim + p.head_dim_v);
   const bool shared = launch.workers->count() > 1 && products >= kWorthSharing;
-  const ScoreMod& mod = p.features.score_mod;
-  // A bool mask alone leaves the scores as they are, so that a mask that keeps everything changes
-  // no bit.
-  const bool natural = mod.softcap > 0 || mod.bias.data || mod.alibi_slopes;
+  const ScoreUnit unit = ScoreUnit::of(p.features.score_mod);
   ForwardCall call{p,
                    WorkspaceLayout::of(p),
                    UnitGrid::of(p, shared ? launch.workers->count() : 1),
-                   Real(natural ? p.softmax_scale : p.softmax_scale * M_LOG2E),
-                   natural ? kLog2E : Real(1),
+                   unit,
+                   Real(p.softmax_scale * (unit.to_log2 == 1 ? M_LOG2E : 1.0)),
                    static_cast<char*>(launch.workspace),
                    0};
   with_element(p.dtype, [&]<class Element> {

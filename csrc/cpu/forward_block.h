@@ -3,11 +3,12 @@
 // One block of keys for one group of queries: the body of the inner loop of FlashAttention-2,
 // Algorithm 1, transposed (lanes = queries; tile.h):
 //     S^T = K Q^T          (keys, group)
-//     alpha = 2^(m_old - m_new)     P^T = 2^(S^T - m_new)     l = alpha l + sum_j P^T[j]
+//     alpha = 2^(u (m_old - m_new))  P^T = 2^(u (S^T - m_new))  l = alpha l + sum_j P^T[j]
 //     O^T = alpha O^T + V^T P^T      (head_dim_v, group)
-// Row maxima, row sums and masks are vertical operations. Scores are in units of log2: the scale
-// times log2 e is folded into Q^T, so any scale works, even a negative one, and exp2's argument
-// reduction is exact.
+// Row maxima, row sums and masks are vertical operations. Scores are in units of log2, u = 1: the
+// scale times log2 e is folded into Q^T, so any scale works, even a negative one, and exp2's
+// argument reduction is exact. Where terms are added to scores they stay natural, u = log2 e, and
+// the maximum is subtracted first: a row of the lowest finite numbers is a row of equal scores.
 #pragma once
 
 #include "cpu/forward_few.h"
@@ -67,18 +68,17 @@ FLASH_NOINLINE void mask_block(const Lanes& lanes, int k_begin, int num_keys, Re
   store_group(row_max, max);
 }
 
-/// Score modifications and both masks. `unit` takes the modified score to log2.
+/// Score modifications and both masks.
 template <int kVectors>
 FLASH_NOINLINE void modify_block(const ScoreMod& mod, const Lanes& lanes, const PairBlock& pairs,
-                                 int k_begin, int num_keys, Real unit, Real* s, Real* row_max) {
+                                 int k_begin, int num_keys, Real* s, Real* row_max) {
   VectorGroup<kVectors> max = load_group<kVectors>(row_max);
   for (int j = 0; j < num_keys; ++j) {
     FLASH_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       Real* score = s + (j * kVectors + v) * kLanes;
       const Vector modified =
-          modified_score<kVectors>(mod, lanes, pairs, k_begin, j, v, load(score)).score *
-          splat(unit);
+          modified_score<kVectors>(mod, lanes, pairs, k_begin, j, v, load(score)).score;
       store(score, modified);
       max.x[v] = largest(modified, max.x[v]);
     }
@@ -88,9 +88,12 @@ FLASH_NOINLINE void modify_block(const ScoreMod& mod, const Lanes& lanes, const 
 
 /// P^T, l, alpha, m. The loop has time to fetch the rows of V that the output product reads next,
 /// if nobody has yet. With kMarkDropped a dropped pair weighs -0 instead of 0.
-template <int kVectors, bool kMarkDropped>
-FLASH_NOINLINE void softmax_block(Real* s, const Rows& v, bool fetch_v, Real* row_max,
+template <int kVectors, Variant kVariant, bool kMarkDropped>
+FLASH_NOINLINE void softmax_block(Real* s, Real unit, const Rows& v, bool fetch_v, Real* row_max,
                                   const Real* new_max, Real* row_sum, Real* alpha) {
+  const auto weight = [unit](Vector t) {
+    return exp2_bounded(kVariant == Variant::kPlain ? t : t * splat(unit));
+  };
   VectorGroup<kVectors> base, sum = splat_group<kVectors>(0);
   FLASH_UNROLL
   for (int x = 0; x < kVectors; ++x) {
@@ -98,7 +101,7 @@ FLASH_NOINLINE void softmax_block(Real* s, const Rows& v, bool fetch_v, Real* ro
     const Vector max = load(new_max + x * kLanes);
     // A row with no key yet has m = -inf: subtract 0 then, for -inf - -inf is NaN.
     base.x[x] = select(max == splat(-kInfinity), splat(0), max);
-    const Vector factor = exp2_bounded(old_max - base.x[x]);
+    const Vector factor = weight(old_max - base.x[x]);
     store(alpha + x * kLanes, factor);
     store(row_max + x * kLanes, max);
   }
@@ -108,7 +111,7 @@ FLASH_NOINLINE void softmax_block(Real* s, const Rows& v, bool fetch_v, Real* ro
     for (int x = 0; x < kVectors; ++x) {
       Real* score = s + (j * kVectors + x) * kLanes;
       const Vector t = load(score);
-      Vector p = exp2_bounded(t - base.x[x]);
+      Vector p = weight(t - base.x[x]);
       sum.x[x] += p;
       if constexpr (kMarkDropped) p = select(t == splat(-kInfinity), splat(-Real(0)), p);
       store(score, p);
@@ -176,13 +179,14 @@ FLASH_INLINE void output_product(const Group& group, const Rows& v, const Real* 
     output_block<kVectors>(v, p, group.o, alpha);
   } else {
     const int count = group.queries.count();
-    (count == 1   ? output_few<1>
-     : count == 2 ? output_few<2>
-                  : output_few<kFewQueries>)(v, p, group.o, group.o_lane_step, alpha);
+    const auto output = count == 1   ? output_few<1>
+                        : count == 2 ? output_few<2>
+                                     : output_few<kFewQueries>;
+    output(v, p, group.o, group.o_lane_step, alpha);
   }
 }
 
-/// `k` and `v` are the rows of the block that the group may keep, from key k_begin on.
+/// `unit` is u; `k` and `v` are the rows of the block that the group may keep, from key k_begin on.
 template <int kVectors, Orientation kOrientation, Variant kVariant, class Element>
 FLASH_INLINE void forward_block(const Group& group, const ForwardParams& p, Real unit, int k_begin,
                                 const Rows& k, const Rows& v, const BlockScratch& scratch) {
@@ -196,16 +200,17 @@ FLASH_INLINE void forward_block(const Group& group, const ForwardParams& p, Real
     may_drop |= mod.mask.data || mod.bias.data;
     load_pairs<Element>(mod, group.queries, k_begin, num_keys, kPitch, scratch.pairs);
     store_group(scratch.new_max, load_group<kVectors>(group.row_max));
-    modify_block<kVectors>(mod, group.lanes, scratch.pairs, k_begin, num_keys, unit, scratch.s,
+    modify_block<kVectors>(mod, group.lanes, scratch.pairs, k_begin, num_keys, scratch.s,
                            scratch.new_max);
   } else if (may_drop) {
     store_group(scratch.new_max, load_group<kVectors>(group.row_max));
     mask_block<kVectors>(group.lanes, k_begin, num_keys, scratch.s, scratch.new_max);
   }
   const bool pair_by_pair = may_drop && !all_finite(v);
-  (pair_by_pair ? softmax_block<kVectors, true>
-                : softmax_block<kVectors, false>)(scratch.s, v, group.is_first, group.row_max,
-                                                  scratch.new_max, group.row_sum, scratch.alpha);
+  const auto softmax = pair_by_pair ? softmax_block<kVectors, kVariant, true>
+                                    : softmax_block<kVectors, kVariant, false>;
+  softmax(scratch.s, unit, v, group.is_first, group.row_max, scratch.new_max, group.row_sum,
+          scratch.alpha);
   if (kVariant == Variant::kGeneral && p.features.dropout.enabled()) {
     const GroupQueries& queries = group.queries;
     dropout_factors(

@@ -235,13 +235,24 @@ void check_poison(DType dtype, Drop drop) {
   }
 }
 
-/// Huge scores do not overflow on the way; subnormal values are data.
+/// Huge scores do not overflow on the way, nor does the lowest number as a bias of a whole row,
+/// which leaves the mean; subnormal values are data.
 void check_magnitudes(DType dtype) {
   const double huge = dtype == DType::kFloat16 ? 200 : 133120;
   ForwardCall large(
       {.dtype = dtype, .sq = 64, .sk = 64, .d = 64, .dv = 64, .scale = 1, .magnitude = huge},
       seed_of_run);
   for (double x : large.run(1).out) CHECK(std::isfinite(x));
+  ForwardCall lowest({.dtype = dtype, .sq = 5, .sk = 90, .d = 16, .dv = 1}, seed_of_run);
+  const float bias = -std::numeric_limits<float>::max();
+  lowest.p.features.score_mod.bias.data = &bias;
+  lowest.p.features.score_mod.bias_is_float32 = true;
+  if (dtype != DType::kFloat64) {  // in double the scores still count beside it
+    double mean = 0;
+    const reference::Head head{lowest.p, 0, 0};
+    for (int j = 0; j < 90; ++j) mean += head.v(j, 0) / 90;
+    for (double x : lowest.run(1).out) CHECK_NEAR(x, mean, roundoff(dtype));
+  }
   if (dtype != DType::kFloat32) return;
   ForwardCall tiny({.sq = 50, .sk = 80, .d = 32, .dv = 32}, seed_of_run);
   for (int j = 0; j < 80; ++j) {
