@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sysconfig
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,14 +112,17 @@ class GPT(nn.Module):
 
 
 @torch.no_grad()
-def generate(model: GPT, prompt: Tensor, count: int, temperature: float = 0.7) -> Tensor:
-    """Append `count` sampled characters to prompt (1, N)."""
+def generate(model: GPT, prompt: Tensor, count: int, seconds: float = 15.0) -> Tensor:
+    """Append up to `count` sampled characters to prompt (1, N), for as long as there is time."""
+    deadline = time.perf_counter() + seconds
     generator = torch.Generator(prompt.device).manual_seed(7)
     tokens = prompt
     for _ in range(count):
-        logits = model(tokens[:, -model.config.context :])[:, -1].float() / temperature
+        logits = model(tokens[:, -model.config.context :])[:, -1].float() / 0.7  # temperature: likely characters more likely
         choice = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)
         tokens = torch.cat([tokens, choice], dim=1)
+        if time.perf_counter() > deadline:
+            break
     return tokens
 
 
