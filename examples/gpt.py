@@ -118,7 +118,8 @@ def generate(model: GPT, prompt: Tensor, count: int, seconds: float = 15.0) -> T
     generator = torch.Generator(prompt.device).manual_seed(7)
     tokens = prompt
     for _ in range(count):
-        logits = model(tokens[:, -model.config.context :])[:, -1].float() / 0.7  # temperature: likely characters more likely
+        logits = model(tokens[:, -model.config.context :])[:, -1].float()
+        logits = logits / 0.7  # favours what is likely
         choice = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)
         tokens = torch.cat([tokens, choice], dim=1)
         if time.perf_counter() > deadline:
