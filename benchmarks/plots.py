@@ -46,8 +46,8 @@ def draw(report: dict[str, Any], path: Path) -> Path:
     panels = _panels(report)
     names = rival_names(report)
     dims = {row["head_dim"] for row in report["rows"]}
-    columns = min(3 if len(dims) == 3 else 4, len(panels))
-    lines = -(-len(panels) // columns)
+    columns = max(1, min(3 if len(dims) == 3 else 4, len(panels)))
+    lines = max(1, -(-len(panels) // columns))
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(
             lines,

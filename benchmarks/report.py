@@ -187,8 +187,9 @@ def describe(report: dict[str, Any]) -> str:
 
 def section(stem: str, report: dict[str, Any]) -> str:
     unit = "TFLOP/s" if report["machine"]["device_type"] == "cuda" else "GFLOP/s"
+    dtypes = ", ".join(sorted({row["dtype"] for row in report["rows"]}))
     parts = [
-        f"### Suite `{report['suite']}`",
+        f"### Suite `{report['suite']}`, {dtypes}",
         describe(report) + f". Figures: [`{stem}.json`](benchmarks/results/{stem}.json).",
         "Time of the rival divided by ours; geometric mean (least-greatest). "
         "Above 1, ours is faster.",
