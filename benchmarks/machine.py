@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import os
 import platform
 import re
 import subprocess
@@ -35,11 +36,12 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The revision of the tree, with + if tracked files differ from it."""
+    """The revision of the tree, with + if the sources differ from it; BENCH_COMMIT without git."""
     revision = _command("git", "rev-parse", "--short=10", "HEAD")
     if revision is None:
-        return "unknown"
-    dirty = _command("git", "status", "--porcelain", "--untracked-files=no")
+        return os.environ.get("BENCH_COMMIT", "unknown")
+    sources = ("csrc", "flash_attn", "setup.py")
+    dirty = _command("git", "status", "--porcelain", "--untracked-files=no", "--", *sources)
     return revision + ("+" if dirty else "")
 
 
