@@ -2,9 +2,10 @@
 // FlashAttention-2, Algorithm 2, on mma.sync: one CTA computes kBlockN rows of dK and dV of one
 // (sequence, kv head) and adds to the dQ of every query row that attends them.
 //
-// Grid: key blocks fastest, ascending (under a causal mask the longest first), then kv heads, then
-// the batch; where dK and dV do not fit in the registers together (head_dim > 128), a CTA computes
-// one of them. The CTA loops over the query heads of its kv head, so their sum stays in fp32.
+// Grid: key blocks fastest, ascending (under a causal mask the longest first; descending where dQ
+// is summed in order), then kv heads, then the batch; where dK and dV do not fit in the registers
+// together (head_dim > 128), a CTA computes one of them. The CTA loops over the query heads of its
+// kv head, so their sum stays in fp32.
 // Warps: each owns kBlockN / kNumWarps keys. Scores are computed transposed, so P^T and dS^T of a
 // warp are, in its registers, the left operands of its own rows of dV and dK. Only dS crosses
 // warps, through shared memory. Per block of kBlockM queries:
@@ -164,7 +165,6 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
   const QueryVisits<kBlockM, kBlockN> visits{mask, n_block, in_order};
   const BlockRanges blocks = visits.blocks();
   const bool is_ragged = n_begin + kBlockN > k_sequence.length;  // has keys to mask in every block
-  const int diagonal_offset = p.mask.diagonal_offset(q_sequence.length, k_sequence.length);
   const DqTiles dq_tiles = DqTiles::of(p, kBlockM);
 
   const int warp_row = threadIdx.x / 32 * kRows;
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
 
   const int first_head = cta.head * p.gqa_ratio();
   for (int head = first_head; head < first_head + p.gqa_ratio(); ++head) {
-    const Scores<Element, Traits::kVariant> scores(p, cta.batch, head, diagonal_offset);
+    const Scores<Element, Traits::kVariant> scores(p, cta.batch, head, mask);
     const AttendedKeys<Element, Traits::kVariant> keys{p.features.score_mod, cta.batch, head};
     const int64_t dq_tile = dq_tiles.first(p.q_layout, q_sequence, cta.batch, head);
     QueryLoads<Traits> queries{
@@ -199,8 +199,10 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
       gemm<kHeadDim>(accS, a_of(sK, warp_row), b_transposed_of(sQ));  // S^T = K Q^T
       modify_scores(accS, slopes, scores, row, m_begin);
       if (needs_mask)
-        fill_outside(accS, row, m_begin, -INFINITY,
-                     [&](int k) { return Range{by_key.key_begin(k), by_key.key_end(k)}; });
+        fill_outside(accS, row, m_begin, -INFINITY, [&](int k) {
+          const bool exists = k < k_sequence.length;
+          return Range{by_key.key_begin(k), exists ? by_key.key_end(k) : 0};
+        });
       const auto rP = weights_of(accS, scores, rows, is_small, row, m_begin);
       if (is_dv_part) gemm<kBlockM>(accdV, kept<Traits::kVariant>(rP), b_of(sdO));  // dV += P^T dO
       if (!is_dk_part) return;

@@ -74,8 +74,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
 
   const IntervalMask mask = p.mask_of(q_sequence, k_sequence);
   const BlockRanges blocks = mask.key_blocks<kBlockM, kBlockN>(cta.block);
-  const int diagonal_offset = p.mask.diagonal_offset(q_sequence.length, k_sequence.length);
-  const Scores<Element, Traits::kVariant> scores(p, cta.batch, head, diagonal_offset);
+  const Scores<Element, Traits::kVariant> scores(p, cta.batch, head, mask);
   const AttendedKeys<Element, Traits::kVariant> keys{p.features.score_mod, cta.batch, head};
 
   const int warp_row = threadIdx.x / 32 * kRows;

@@ -16,7 +16,8 @@ class Scores;
 template <class Element>
 class Scores<Element, Variant::kPlain> {
  public:
-  FLASH_DEVICE Scores(const ForwardParams& p, int, int, int) : unit(float(p.softmax_scale)) {}
+  FLASH_DEVICE Scores(const ForwardParams& p, int, int, const IntervalMask&)
+      : unit(float(p.softmax_scale)) {}
 
   float unit;
 
@@ -27,19 +28,25 @@ class Scores<Element, Variant::kPlain> {
 template <class Element>
 class Scores<Element, Variant::kGeneral> {
  public:
-  FLASH_DEVICE Scores(const ForwardParams& p, int batch, int head, int diagonal_offset)
+  FLASH_DEVICE Scores(const ForwardParams& p, int batch, int head, const IntervalMask& mask)
       : features_(p.features),
         scale_(float(p.softmax_scale)),
         batch_(batch),
         head_(head),
-        diagonal_offset_(diagonal_offset) {
+        last_q_(mask.seqlen_q - 1),
+        last_k_(mask.seqlen_k - 1),
+        diagonal_offset_(p.mask.diagonal_offset(mask.seqlen_q, mask.seqlen_k)) {
     if (features_.dropout.enabled())
       stream_ = DropoutStream::of(features_.dropout, batch, head, p.num_heads);
   }
 
   static constexpr float unit = 1.f;
 
+  /// A pair outside of the sequences, whose score is masked afterwards, reads what the last pair
+  /// inside reads.
   FLASH_DEVICE ModifiedScore<float> of(float product, int q, int k) const {
+    q = min(q, last_q_);
+    k = min(k, last_k_);
     return features_.score_mod.template forward<float, float>(product * scale_, place(q, k));
   }
   FLASH_DEVICE bool has_dropout() const { return features_.dropout.enabled(); }
@@ -101,7 +108,7 @@ class Scores<Element, Variant::kGeneral> {
   const Features& features_;
   DropoutStream stream_{};
   float scale_;
-  int batch_, head_, diagonal_offset_;
+  int batch_, head_, last_q_, last_k_, diagonal_offset_;
 };
 
 }  // namespace flash::cuda::sm80
