@@ -16,19 +16,26 @@
 namespace flash::cuda {
 namespace {
 
-/// 10 major + minor of the current device; asked once per device. 0 without a device: every
-/// backend but simt then says what it wants.
-int compute_capability() {
+/// The current device; asked once per device. Zeros without one: every backend but simt then says
+/// what it wants.
+DeviceLimits current_device() {
   constexpr int kMaxDevices = 64;
-  static std::atomic<int> known[kMaxDevices];
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 0;
-  if (const int value = known[device].load(std::memory_order_relaxed)) return value;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
-    return 0;
-  known[device].store(10 * major + minor, std::memory_order_relaxed);
-  return 10 * major + minor;
+  static std::atomic<uint64_t> known[kMaxDevices];  // capability << 32 | shared bytes
+  int device = 0, major = 0, minor = 0, shared_bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return {};
+  uint64_t packed = known[device].load(std::memory_order_relaxed);
+  if (packed == 0) {
+    const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+      return cudaDeviceGetAttribute(value, attribute, device) == cudaSuccess;
+    };
+    if (!ask(&major, cudaDevAttrComputeCapabilityMajor) ||
+        !ask(&minor, cudaDevAttrComputeCapabilityMinor) ||
+        !ask(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin))
+      return {};
+    packed = uint64_t(10 * major + minor) << 32 | uint64_t(shared_bytes);
+    known[device].store(packed, std::memory_order_relaxed);
+  }
+  return {int(packed >> 32), int64_t(packed & 0xffffffffu)};
 }
 
 template <class F>
@@ -123,7 +130,7 @@ int64_t scratch_bytes(Arch arch, const BackwardParams& p) {
 template <Arch kArch>
 std::vector<std::string> why_unsupported(const ForwardParams& p, bool backward) {
   return why_unsupported(kArch, p, backward ? Direction::kBackward : Direction::kForward,
-                         compute_capability());
+                         current_device());
 }
 
 template <Arch kArch>

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cuda/sm80/shared_bytes.h"
 #include "cuda/sm90/support.h"
 #include "cuda/tile_config.h"
 
@@ -16,19 +17,32 @@ int sm80_head_dim(const ForwardParams& p) {
   return 0;
 }
 
-std::vector<std::string> why_not_sm80(const ForwardParams& p) {
+std::string spell(int compute_capability) {
+  return std::to_string(compute_capability / 10) + "." + std::to_string(compute_capability % 10);
+}
+
+std::vector<std::string> why_not_sm80(const ForwardParams& p, Direction direction,
+                                      const DeviceLimits& device) {
   std::vector<std::string> reasons;
   if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16)
     reasons.push_back("the dtype is neither float16 nor bfloat16");
-  if (sm80_head_dim(p) == 0)
+  const int head_dim = sm80_head_dim(p);
+  if (head_dim == 0)
     reasons.push_back("a head dim is larger than 256: " + std::to_string(p.head_dim) + ", " +
                       std::to_string(p.head_dim_v));
+  if (device.compute_capability < 80) {
+    reasons.push_back("the GPU has compute capability " + spell(device.compute_capability) +
+                      ", not 8.0 or newer");
+  } else if (head_dim != 0) {
+    const int64_t needed = direction == Direction::kForward
+                               ? sm80::forward_shared_bytes(head_dim, p.variant())
+                               : sm80::backward_shared_bytes(head_dim, p.variant());
+    if (needed > device.shared_bytes)
+      reasons.push_back("head dim " + std::to_string(head_dim) + " needs " +
+                        std::to_string(needed) + " bytes of shared memory, the GPU has " +
+                        std::to_string(device.shared_bytes));
+  }
   return reasons;
-}
-
-std::string too_old(int needed, int compute_capability) {
-  const auto spell = [](int x) { return std::to_string(x / 10) + "." + std::to_string(x % 10); };
-  return "the GPU has compute capability " + spell(compute_capability) + ", not " + spell(needed);
 }
 
 }  // namespace
@@ -55,16 +69,15 @@ KernelSpec select(Arch arch, const ForwardParams& p, Direction direction) {
 }
 
 std::vector<std::string> why_unsupported(Arch arch, const ForwardParams& p, Direction direction,
-                                         int compute_capability) {
-  std::vector<std::string> reasons;
-  if (arch == Arch::kSimt) return reasons;
-  if (arch == Arch::kSm90) {
-    reasons = direction == Direction::kForward ? sm90::why_forward_unsupported(p) : why_not_sm80(p);
-    if (compute_capability != 90) reasons.push_back(too_old(90, compute_capability));
-    return reasons;
-  }
-  reasons = why_not_sm80(p);
-  if (compute_capability < 80) reasons.push_back(too_old(80, compute_capability) + " or newer");
+                                         const DeviceLimits& device) {
+  if (arch == Arch::kSimt) return {};
+  if (arch == Arch::kSm80) return why_not_sm80(p, direction, device);
+  std::vector<std::string> reasons = direction == Direction::kForward
+                                         ? sm90::why_forward_unsupported(p)
+                                         : why_not_sm80(p, direction, device);
+  if (device.compute_capability != 90)
+    reasons.push_back("the GPU has compute capability " + spell(device.compute_capability) +
+                      ", not 9.0");
   return reasons;
 }
 

@@ -15,9 +15,14 @@ enum class Direction : uint8_t { kForward, kBackward };
 /// variant.
 KernelSpec select(Arch arch, const ForwardParams& p, Direction direction);
 
-/// Why `arch` cannot take a problem on a device of this compute capability (major 10 + minor);
-/// empty: it can.
+/// What decides whether a device runs an architecture's kernels.
+struct DeviceLimits {
+  int compute_capability;  ///< major 10 + minor; 0: there is no device
+  int64_t shared_bytes;    ///< shared memory that a CTA may ask for
+};
+
+/// Why `arch` cannot take a problem on such a device; empty: it can.
 std::vector<std::string> why_unsupported(Arch arch, const ForwardParams& p, Direction direction,
-                                         int compute_capability);
+                                         const DeviceLimits& device);
 
 }  // namespace flash::cuda

@@ -48,6 +48,14 @@ struct FmaTile {
   }
 };
 
+template <class Real, int kRowCount, int kColCount>
+FLASH_DEVICE void fill_registers(Real (&tile)[kRowCount][kColCount], Real x) {
+#pragma unroll
+  for (int i = 0; i < kRowCount; ++i)
+#pragma unroll
+    for (int j = 0; j < kColCount; ++j) tile[i][j] = x;
+}
+
 /// Combines x over the 8 column lanes that share a row; every lane gets the result.
 template <class Real, class Combine>
 FLASH_DEVICE Real reduce_row(Real x, Combine combine) {
@@ -62,39 +70,43 @@ struct AllRows {
 
 /// Rows of a matrix in global memory. What lies outside of it, and rows that `keep` refuses, read
 /// as 0 without being loaded.
-template <class Real, class Element, class Keep = AllRows>
+template <class Real, class Element_, class Keep = AllRows>
 struct MatrixRows {
+  using Element = Element_;
   using Vector = typename FmaTile<Real>::Vector;
   static constexpr int kVec = FmaTile<Real>::kVec;
 
   const Element* data;
   int64_t row_stride;
   int rows, width;
-  bool aligned;
+  bool aligned;  ///< a vector of a row lies inside or outside as a whole, and is one load
   Keep keep;
 
-  __device__ MatrixRows(const void* start, int64_t offset, int64_t stride, int rows, int width,
-                        Keep keep = {})
+  FLASH_DEVICE MatrixRows(const void* start, int64_t offset, int64_t stride, int rows, int width,
+                          Keep keep = {})
       : data(static_cast<const Element*>(start) + offset),
         row_stride(stride),
         rows(rows),
         width(width),
-        aligned(rows_are_aligned<kVec>(data, stride)),
+        aligned(width % kVec == 0 && rows_are_aligned<kVec>(data, stride)),
         keep(keep) {}
 
-  /// Elements (row, col) .. (row, col + kVec - 1).
-  FLASH_DEVICE Vector fetch(int row, int col) const {
+  /// Null where the row reads as 0.
+  FLASH_DEVICE const Element* row_start(int row) const {
+    return row < rows && keep(row) ? data + row * row_stride : nullptr;
+  }
+  /// Elements col .. col + kVec - 1 of the row that starts there.
+  FLASH_DEVICE Vector fetch(const Element* start, int col) const {
     Vector result{};
-    if (row >= rows || !keep(row)) return result;
-    const Element* at = data + row * row_stride + col;
-    if (aligned && col + kVec <= width) {
-      const auto packed = *reinterpret_cast<const AlignedArray<Element, kVec>*>(at);
+    if (!start || col >= width) return result;
+    if (aligned) {
+      const auto loaded = *reinterpret_cast<const AlignedArray<Element, kVec>*>(start + col);
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) result.x[e] = widen(packed.x[e]);
+      for (int e = 0; e < kVec; ++e) result.x[e] = widen(loaded.x[e]);
     } else {
 #pragma unroll
       for (int e = 0; e < kVec; ++e)
-        if (col + e < width) result.x[e] = widen(at[e]);
+        if (col + e < width) result.x[e] = widen(start[col + e]);
     }
     return result;
   }
@@ -110,17 +122,26 @@ struct FmaStages {
   Real b[2][Tile::kDepth][kColPitch];
 };
 
-/// acc += sum over kk < kDepth of a[kk][row] b[kk][col]; a and b point at the thread's first row
-/// and column.
-template <int kPitchA, int kPitchB, class Real, int kRowCount, int kColCount>
-FLASH_DEVICE void fma_chunk(Real (&acc)[kRowCount][kColCount], const Real* a,
-                                          const Real* b) {
+struct Unchanged {
+  template <class Real>
+  FLASH_DEVICE Real operator()(Real x) const {
+    return x;
+  }
+};
+
+/// acc += sum over kk < kDepth of of_a(a[kk][row]) b[kk][col]; a and b point at the thread's first
+/// row and column.
+template <int kPitchA, int kPitchB, class Real, int kRowCount, int kColCount, class OfA = Unchanged>
+FLASH_DEVICE void fma_chunk(Real (&acc)[kRowCount][kColCount], const Real* a, const Real* b,
+                            OfA of_a = {}) {
   using Tile = FmaTile<Real>;
   using Vector = typename Tile::Vector;
   constexpr int kVec = Tile::kVec;
 #pragma unroll
   for (int kk = 0; kk < Tile::kDepth; ++kk) {
-    const Vector row = *reinterpret_cast<const Vector*>(a + kk * kPitchA);
+    Vector row = *reinterpret_cast<const Vector*>(a + kk * kPitchA);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) row.x[i] = of_a(row.x[i]);
 #pragma unroll
     for (int group = 0; group < kColCount / kVec; ++group) {
       const Vector col =
@@ -136,33 +157,38 @@ FLASH_DEVICE void fma_chunk(Real (&acc)[kRowCount][kColCount], const Real* a,
 /// A chunk of kRowCount rows x kDepth columns on its way from global memory into a stage, where it
 /// lies transposed. Eight rows and four vectors of a row are neighbours in a warp: whole sectors
 /// are read, and the stores meet in no more than two rows of a bank.
-template <class Real, int kRowCount>
+template <class Real, class Element, int kRowCount>
 struct TransposedChunk {
   using Tile = FmaTile<Real>;
   static constexpr int kVectorsPerRow = Tile::kDepth / Tile::kVec;
   static constexpr int kPerThread = kRowCount * kVectorsPerRow / Tile::kThreads;
   static_assert(kRowCount * kVectorsPerRow % Tile::kThreads == 0, "every thread moves as much");
 
+  const Element* starts[kPerThread];
   typename Tile::Vector vectors[kPerThread];
 
   template <class Source>
-  FLASH_DEVICE void fetch(const Source& source, int first_row, int first_col) {
+  FLASH_DEVICE TransposedChunk(const Source& source, int first_row) {
 #pragma unroll
-    for (int n = 0; n < kPerThread; ++n) {
-      const int index = n * Tile::kThreads + threadIdx.x;
-      vectors[n] = source.fetch(first_row + index / kVectorsPerRow,
-                                first_col + index % kVectorsPerRow * Tile::kVec);
-    }
+    for (int n = 0; n < kPerThread; ++n)
+      starts[n] = source.row_start(first_row + index(n) / kVectorsPerRow);
+  }
+  static FLASH_DEVICE int index(int n) { return n * Tile::kThreads + threadIdx.x; }
+  template <class Source>
+  FLASH_DEVICE void fetch(const Source& source, int first_col) {
+#pragma unroll
+    for (int n = 0; n < kPerThread; ++n)
+      vectors[n] =
+          source.fetch(starts[n], first_col + index(n) % kVectorsPerRow * Tile::kVec);
   }
   template <int kPitch>
   FLASH_DEVICE void store(Real (&stage)[Tile::kDepth][kPitch]) const {
 #pragma unroll
-    for (int n = 0; n < kPerThread; ++n) {
-      const int index = n * Tile::kThreads + threadIdx.x;
+    for (int n = 0; n < kPerThread; ++n)
 #pragma unroll
       for (int e = 0; e < Tile::kVec; ++e)
-        stage[index % kVectorsPerRow * Tile::kVec + e][index / kVectorsPerRow] = vectors[n].x[e];
-    }
+        stage[index(n) % kVectorsPerRow * Tile::kVec + e][index(n) / kVectorsPerRow] =
+            vectors[n].x[e];
   }
 };
 
@@ -181,7 +207,7 @@ struct StraightChunk {
 #pragma unroll
     for (int n = 0; n < kPerThread; ++n) {
       const int index = n * Tile::kThreads + threadIdx.x;
-      vectors[n] = source.fetch(first_row + index / kVectorsPerRow,
+      vectors[n] = source.fetch(source.row_start(first_row + index / kVectorsPerRow),
                                 first_col + index % kVectorsPerRow * Tile::kVec);
     }
   }
@@ -205,18 +231,18 @@ FLASH_DEVICE void product_abt(Real (&acc)[FmaTile<Real>::kVec][kCols / 8],
                                             int b_row, int depth) {
   using Tile = FmaTile<Real>;
   if (depth <= 0) return;
-  TransposedChunk<Real, Tile::kRows> next_a;
-  TransposedChunk<Real, kCols> next_b;
-  next_a.fetch(a, a_row, 0);
-  next_b.fetch(b, b_row, 0);
+  TransposedChunk<Real, typename SourceA::Element, Tile::kRows> next_a(a, a_row);
+  TransposedChunk<Real, typename SourceB::Element, kCols> next_b(b, b_row);
+  next_a.fetch(a, 0);
+  next_b.fetch(b, 0);
 #pragma unroll 1
   for (int k = 0; k < depth; k += Tile::kDepth) {
     next_a.store(stages.a[stage]);
     next_b.store(stages.b[stage]);
     __syncthreads();
     if (k + Tile::kDepth < depth) {
-      next_a.fetch(a, a_row, k + Tile::kDepth);
-      next_b.fetch(b, b_row, k + Tile::kDepth);
+      next_a.fetch(a, k + Tile::kDepth);
+      next_b.fetch(b, k + Tile::kDepth);
     }
     fma_chunk<Tile::kRowPitch, FmaStages<Real, kMaxCols>::kColPitch>(
         acc, &stages.a[stage][0][Tile::first_row()], &stages.b[stage][0][Tile::first_col()]);
@@ -244,17 +270,69 @@ struct FmaExchange {
     }
     __syncwarp();
   }
+  /// value(i, j, what the thread wrote there)
+  template <class Value>
+  FLASH_DEVICE void update(Value value) {
+    write([&](int i, int j) { return value(i, j, tile[Tile::col(j)][Tile::row(i)]); });
+  }
+  /// The same as a loop over the columns, for a `value` of many instructions; it may not index
+  /// registers by j.
+  template <class Value>
+  FLASH_DEVICE void update_in_loop(Value value) {
+    __syncwarp();
+#pragma unroll 1
+    for (int j = 0; j < kCols / 8; ++j) {
+      auto& own =
+          *reinterpret_cast<typename Tile::Vector*>(&tile[Tile::col(j)][Tile::first_row()]);
+      typename Tile::Vector rows = own;
+#pragma unroll
+      for (int i = 0; i < Tile::kVec; ++i) rows.x[i] = value(i, j, rows.x[i]);
+      own = rows;
+    }
+    __syncwarp();
+  }
+  /// What the thread wrote, back in its registers.
+  FLASH_DEVICE void read(Real (&registers)[Tile::kVec][kCols / 8]) const {
+#pragma unroll
+    for (int j = 0; j < kCols / 8; ++j) {
+      const auto rows =
+          *reinterpret_cast<const typename Tile::Vector*>(&tile[Tile::col(j)][Tile::first_row()]);
+#pragma unroll
+      for (int i = 0; i < Tile::kVec; ++i) registers[i][j] = rows.x[i];
+    }
+  }
 };
 
-/// acc (kRows x kPanel) += E B, E (kRows x kCols) in an exchange, B = rows [b_row, b_row + kCols) of
-/// `b`, columns from b_col on.
-template <int kPanel, class Real, int kCols, int kMaxCols, class Source>
-FLASH_DEVICE void product_ab(Real (&acc)[FmaTile<Real>::kVec][kPanel / 8],
-                                           const FmaExchange<Real, kCols>& exchange,
-                                           FmaStages<Real, kMaxCols>& stages, int& stage,
-                                           const Source& b, int b_row, int b_col) {
+/// The tile as the other operand, tile[row][col], for all warps: barriers are the caller's.
+template <class Real, int kCols>
+struct FmaTranspose {
   using Tile = FmaTile<Real>;
-  const int depth = min(kCols, b.rows - b_row);
+  static constexpr int kPitch = kCols + Tile::kVec;
+  Real tile[Tile::kRows][kPitch];
+
+  template <class Value>
+  FLASH_DEVICE void write(Value value) {
+#pragma unroll
+    for (int i = 0; i < Tile::kVec; ++i)
+#pragma unroll
+      for (int j = 0; j < kCols / 8; j += Tile::kVec) {
+        typename Tile::Vector cols;
+#pragma unroll
+        for (int e = 0; e < Tile::kVec; ++e) cols.x[e] = value(i, j + e);
+        *reinterpret_cast<typename Tile::Vector*>(&tile[Tile::row(i)][Tile::col(j)]) = cols;
+      }
+  }
+};
+
+/// acc (kRows x kPanel) += of_a(A) B, A[k][row] in shared memory, B = rows [b_row, b_row + kInner)
+/// of `b`, columns from b_col on.
+template <int kPanel, class Real, int kInner, int kMaxCols, class Source, class OfA = Unchanged>
+FLASH_DEVICE void product_ab(Real (&acc)[FmaTile<Real>::kVec][kPanel / 8],
+                             const Real (&a)[kInner][FmaTile<Real>::kRowPitch],
+                             FmaStages<Real, kMaxCols>& stages, int& stage, const Source& b,
+                             int b_row, int b_col, OfA of_a = {}) {
+  using Tile = FmaTile<Real>;
+  const int depth = min(kInner, b.rows - b_row);
   StraightChunk<Real, kPanel> next;
   next.fetch(b, b_row, b_col);
 #pragma unroll 1
@@ -263,7 +341,28 @@ FLASH_DEVICE void product_ab(Real (&acc)[FmaTile<Real>::kVec][kPanel / 8],
     __syncthreads();
     if (k + Tile::kDepth < depth) next.fetch(b, b_row + k + Tile::kDepth, b_col);
     fma_chunk<Tile::kRowPitch, FmaStages<Real, kMaxCols>::kColPitch>(
-        acc, &exchange.tile[k][Tile::first_row()], &stages.b[stage][0][Tile::first_col()]);
+        acc, &a[k][Tile::first_row()], &stages.b[stage][0][Tile::first_col()], of_a);
+    stage ^= 1;
+  }
+}
+
+/// acc (kRows x kCols) += A^T B, A = rows [a_row, a_row + kInner) of `a`, its first kRows columns,
+/// B[k][col] in shared memory.
+template <int kCols, class Real, int kInner, int kPitch, int kMaxCols, class Source>
+FLASH_DEVICE void product_atb(Real (&acc)[FmaTile<Real>::kVec][kCols / 8], const Source& a,
+                              int a_row, FmaStages<Real, kMaxCols>& stages, int& stage,
+                              const Real (&b)[kInner][kPitch]) {
+  using Tile = FmaTile<Real>;
+  const int depth = min(kInner, a.rows - a_row);
+  StraightChunk<Real, Tile::kRows> next;
+  next.fetch(a, a_row, 0);
+#pragma unroll 1
+  for (int k = 0; k < depth; k += Tile::kDepth) {
+    next.store(stages.a[stage]);
+    __syncthreads();
+    if (k + Tile::kDepth < depth) next.fetch(a, a_row + k + Tile::kDepth, 0);
+    fma_chunk<Tile::kRowPitch, kPitch>(acc, &stages.a[stage][0][Tile::first_row()],
+                                       &b[k][Tile::first_col()]);
     stage ^= 1;
   }
 }

@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   using Real = typename Traits::Real;
   using Block = QueryBlock<Traits, Params>;
   constexpr int kRows = Traits::kRows, kCols = Traits::kCols;
-  __shared__ __align__(16) typename Traits::Stages stages;
-  __shared__ Real per_warp[8][kCols];
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes);
 
   int64_t index = blockIdx.x;
   const int own_col = int(index % blocks.cols);
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const Range rows = walked(p.bias_shape[2], own_row, int(ceil_div(p.q_layout.max, kRows)));
   const Range cols = walked(p.bias_shape[3], own_col, int(ceil_div(p.k_layout.max, kCols)));
 
-  typename Block::Scores acc = {};
+  typename Block::Registers acc = {};
   int stage = 0;
 #pragma unroll 1
   for (int batch = batches.begin; batch < batches.end; ++batch)
@@ -89,17 +89,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
 #pragma unroll 1
         for (int n = cols.begin; n < cols.end; ++n) {
           if (!block.visits(n)) continue;
-          typename Block::Scores weight = {}, slope, ds = {};
-          block.weights(weight, slope, stages, stage, n);
-          block.gradients(ds, weight, stages, stage, n);
-#pragma unroll
-          for (int i = 0; i < Tile::kVec; ++i)
-#pragma unroll
-            for (int j = 0; j < kCols / 8; ++j) acc[i][j] += ds[i][j];
+          block.for_each_gradient(shared.scores, shared.stages, stage, n,
+                                  [&](int i, int j, Real ds) { acc[i][j] += ds; });
         }
       }
 
-  if (one_row) sum_rows<Traits>(acc, per_warp);
+  if (one_row) sum_rows<Traits>(acc, shared.per_warp);
   if (one_col) sum_cols<Traits>(acc);
   const int64_t matrix = int64_t(own_batch) * p.bias_shape[1] + own_head;
 #pragma unroll
@@ -122,8 +117,8 @@ void launch_backward_bias(const Params& p, const RowView& delta, void* stream) {
   const int64_t ctas =
       int64_t(p.bias_shape[0]) * p.bias_shape[1] * blocks.rows * blocks.cols;
   const auto run = [&]<class BiasElement>() {
-    launch(backward_bias_kernel<Traits, Params, BiasElement>, ctas, Traits::kThreads, 0, stream, p,
-           delta, blocks);
+    launch(backward_bias_kernel<Traits, Params, BiasElement>, ctas, Traits::kThreads,
+           sizeof(typename Traits::SharedStorage), stream, p, delta, blocks);
   };
   if (p.features.score_mod.bias_is_float32)
     run.template operator()<float>();

@@ -28,9 +28,10 @@ __global__ void __launch_bounds__(kDeltaWarps * 32)
                                       s.length, p.head_dim_v);
   const MatrixRows<Real, Element> dout(p.dout.data, p.dout.offset(s, head), p.dout.row_stride,
                                        s.length, p.head_dim_v);
+  const Element *const out_row = out.row_start(row), *const dout_row = dout.row_start(row);
   Real sum = 0;
   for (int d = lane * kVec; d < p.head_dim_v; d += 32 * kVec) {
-    const auto x = out.fetch(row, d), y = dout.fetch(row, d);
+    const auto x = out.fetch(out_row, d), y = dout.fetch(dout_row, d);
 #pragma unroll
     for (int e = 0; e < kVec; ++e) sum += x.x[e] * y.x[e];
   }

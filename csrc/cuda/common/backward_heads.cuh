@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   using Real = typename Traits::Real;
   using Block = QueryBlock<Traits, BackwardParams>;
   constexpr int kCols = Traits::kCols;
-  __shared__ __align__(16) typename Traits::Stages stages;
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes);
   __shared__ Real per_warp[8];
 
   const int m = int(blockIdx.x % blocks), head = int(blockIdx.x / blocks % p.num_heads);
@@ -30,16 +31,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
   if (!block.is_empty()) {
 #pragma unroll 1
     for (int n = block.range.visit.begin; n < block.range.visit.end; ++n) {
-      typename Block::Scores weight = {}, slope, ds = {};
-      block.weights(weight, slope, stages, stage, n);
-      block.gradients(ds, weight, stages, stage, n);
-#pragma unroll
-      for (int i = 0; i < Tile::kVec; ++i)
-#pragma unroll
-        for (int j = 0; j < kCols / 8; ++j) {
-          const int q = block.first_q + Tile::row(i), k = n * kCols + Tile::col(j);
-          sum -= ds[i][j] * abs_of(Real(q + block.score.diagonal_offset - k));
-        }
+      block.for_each_gradient(shared.scores, shared.stages, stage, n, [&](int i, int j, Real ds) {
+        const int q = block.first_q + Tile::row(i), k = n * kCols + Tile::col(j);
+        sum -= ds * abs_of(Real(q + block.score.diagonal_offset - k));
+      });
     }
   }
   sum = sum_over_cta(sum, per_warp);
@@ -89,7 +84,8 @@ void launch_backward_slopes(const BackwardParams& p, const RowView& delta, void*
   const int blocks = int(ceil_div(p.q_layout.max, simt_rows(kDType)));
   static_assert(simt_rows(kDType) == Traits::kRows, "the workspace is sized by simt_rows");
   launch(backward_slopes_kernel<Traits>, int64_t(p.batch) * p.num_heads * blocks,
-         Traits::kThreads, 0, stream, p, delta, static_cast<Real*>(partials), blocks);
+         Traits::kThreads, sizeof(typename Traits::SharedStorage), stream, p, delta,
+         static_cast<Real*>(partials), blocks);
   launch(sum_partials_kernel<Real>, int64_t(p.slopes_per_batch ? p.batch : 1) * p.num_heads, 256,
          0, stream, static_cast<Real*>(p.dslopes), static_cast<const Real*>(partials), p.batch,
          p.num_heads, blocks, p.slopes_per_batch);

@@ -15,7 +15,12 @@ struct PairTraits {
   using Real = Accumulator<Element>;
   using Tile = FmaTile<Real>;
   static constexpr int kRows = Tile::kRows, kThreads = Tile::kThreads;
-  using Stages = FmaStages<Real, kCols>;
+
+  struct SharedStorage {
+    FmaStages<Real, kCols> stages;
+    ScoreTile<Real, kCols, kVariant> scores;
+    Real per_warp[8][kCols];
+  };
 };
 
 /// Sum of x over the CTA in a fixed order; every thread must call, thread 0 gets the result.

@@ -43,38 +43,43 @@ struct PairScore {
       return {dot * scale, Real(1)};
     }
   }
-  /// dL/d(score) -> dL/d(scale q.k)
-  __device__ __forceinline__ Real backward(Real ds, Real slope) const {
-    if constexpr (kGeneral) return features.score_mod.backward(ds, slope);
-    return ds;
-  }
-
   __device__ __forceinline__ bool drops() const {
     return kGeneral && features.dropout.enabled();
   }
-  __device__ __forceinline__ Real keep_scale() const { return Real(features.dropout.scale); }
+  /// 1 / (1 - p)
+  __device__ __forceinline__ Real keep_scale() const {
+    return drops() ? Real(features.dropout.scale) : Real(1);
+  }
   __device__ __forceinline__ bool keeps(int q, int k) const { return dropout.keep(q, k); }
 
   // The backward carries a weight P >= 0 with the sign bit set where dropout drops the pair, so that
   // Philox runs once per pair and pass.
 
-  /// P = exp(score - lse), 0 where the pair is masked; `slope` for backward().
+  /// P = exp(score - lse), 0 where the pair is masked; `slope` = d(score) / d(scale q.k).
   __device__ __forceinline__ Real signed_weight(Real dot, int q, int k, bool kept, Real lse,
                                                 Real& slope) const {
+    if constexpr (kGeneral) {
+      slope = 1;
+      if (!kept) return Real(0);
+    }
     const ModifiedScore<Real> modified = (*this)(dot, q, k);
     slope = modified.slope;
-    const Real weight = kept ? exp_of(modified.score - lse) : Real(0);
+    // Not above 0: where scores are huge, rounding can put one of them far above the lse.
+    const Real exponent = modified.score - lse > 0 ? Real(0) : modified.score - lse;
+    const Real weight = kept ? exp_of(exponent) : Real(0);
     if constexpr (kGeneral) {
       if (drops() && !keeps(q, k)) return copysign(weight, Real(-1));
     }
     return weight;
   }
+  /// keep P
+  __device__ __forceinline__ Real kept_weight(Real signed_weight) const {
+    if constexpr (kGeneral) return signed_weight <= 0 ? Real(0) : signed_weight;
+    return signed_weight;
+  }
   /// keep / (1 - p) P
   __device__ __forceinline__ Real after_dropout(Real signed_weight) const {
-    if constexpr (kGeneral) {
-      if (drops()) return signbit(signed_weight) ? Real(0) : signed_weight * keep_scale();
-    }
-    return signed_weight;
+    return kept_weight(signed_weight) * keep_scale();
   }
   /// dS = P o (keep / (1 - p) dP - delta); exactly 0 where P is, whatever dP is.
   __device__ __forceinline__ Real gradient(Real signed_weight, Real dp, Real delta) const {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
 
+#include "cuda/common/score_tile.cuh"
 #include "cuda/common/weight_gradient.cuh"
-#include "primitives/fma_tile.cuh"
 
 namespace flash::cuda {
 
@@ -15,7 +15,7 @@ struct QueryBlock {
   using Tile = FmaTile<Real>;
   using Score = PairScore<Element, Traits::kVariant>;
   using Keys = AttendedKeys<Element, Traits::kVariant>;
-  using Scores = typename Tile::template Registers<Traits::kCols>;
+  using Registers = typename Tile::template Registers<Traits::kCols>;
   static constexpr int kRows = Tile::kRows, kCols = Traits::kCols, kVec = Tile::kVec;
 
   const Params& p;
@@ -54,26 +54,23 @@ struct QueryBlock {
     return n >= range.visit.begin && n < range.visit.end;
   }
 
-  /// P of the keys of block n, signed as PairScore says.
-  template <class Stages>
-  __device__ __forceinline__ void weights(Scores& acc, Scores& slope, Stages& stages, int& stage,
-                                          int n) const {
-    product_abt<kCols>(acc, stages, stage, q, first_q, k, n * kCols, p.head_dim);
+  /// P of the keys of block n, into `tile`.
+  template <class Stages, class Scores>
+  __device__ __forceinline__ void weights(Scores& tile, Stages& stages, int& stage, int n) const {
+    Registers dots = {};
+    product_abt<kCols>(dots, stages, stage, q, first_q, k, n * kCols, p.head_dim);
     const bool needs_mask = n < range.full.begin || n >= range.full.end;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i)
-#pragma unroll
-      for (int j = 0; j < kCols / 8; ++j) {
-        const int row = first_q + Tile::row(i), col = n * kCols + Tile::col(j);
-        acc[i][j] = score.signed_weight(acc[i][j], row, col, !needs_mask || mask.keep(row, col),
-                                        lse[i], slope[i][j]);
-      }
+    tile.write_weights(score, dots, [&](int i, int j) -> TilePlace<Real> {
+      const int row = first_q + Tile::row(i), col = n * kCols + Tile::col(j);
+      const bool kept = !needs_mask || mask.keep(row, col);
+      return {row, col, kept && row < q_seq.length, lse[i]};
+    });
   }
 
-  /// dS, the gradient of the scores after their modifications, from P; into `acc`.
+  /// dP of block n, where it is a product.
   template <class Stages>
-  __device__ __forceinline__ void gradients(Scores& acc, const Scores& weight, Stages& stages,
-                                            int& stage, int n) const {
+  __device__ __forceinline__ void weight_gradients(Registers& acc, Stages& stages, int& stage,
+                                                   int n) const {
     if constexpr (!kGradientIsGiven<Params>) {
       const MatrixRows<Real, Element> dout(p.dout.data, p.dout.offset(q_seq, head),
                                            p.dout.row_stride, q_seq.length, p.head_dim_v);
@@ -81,15 +78,27 @@ struct QueryBlock {
                                               p.v.row_stride, k_seq.length, p.head_dim_v, k.keep);
       product_abt<kCols>(acc, stages, stage, dout, first_q, v, n * kCols, p.head_dim_v);
     }
-#pragma unroll
-    for (int i = 0; i < kVec; ++i)
-#pragma unroll
-      for (int j = 0; j < kCols / 8; ++j) {
-        if constexpr (kGradientIsGiven<Params>)
-          acc[i][j] = given_gradient<Element>(
-              p, {score.batch, head, first_q + Tile::row(i), n * kCols + Tile::col(j)});
-        acc[i][j] = score.gradient(weight[i][j], acc[i][j], delta[i]);
-      }
+  }
+  /// dS of one pair, the gradient of its score after the modifications, from P and dP.
+  __device__ __forceinline__ Real gradient(int i, int j, int n, Real weight, Real dp) const {
+    if constexpr (kGradientIsGiven<Params>)
+      dp = given_gradient<Element>(
+          p, {score.batch, head, first_q + Tile::row(i), n * kCols + Tile::col(j)});
+    return score.gradient(weight, dp, delta[i]);
+  }
+
+  /// f(i, j, dS) for every pair of block n.
+  template <class Scores, class Stages, class F>
+  __device__ __forceinline__ void for_each_gradient(Scores& tile, Stages& stages, int& stage, int n,
+                                                    F f) const {
+    weights(tile, stages, stage, n);
+    Registers acc = {};
+    weight_gradients(acc, stages, stage, n);
+    tile.exchange.update([&](int i, int j, Real weight) {
+      const Real ds = gradient(i, j, n, weight, acc[i][j]);
+      f(i, j, ds);
+      return ds;
+    });
   }
 };
 

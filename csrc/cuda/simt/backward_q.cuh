@@ -2,9 +2,13 @@
 // dQ = scale dS K on CUDA cores: any head dim, any dtype, deterministic.
 //
 // One CTA computes a panel of kPanel columns of dQ for kRows query rows of one (sequence, head). Per
-// block of kCols keys it recomputes S = Q K^T, P = exp(S - lse), dP = dO V^T and
-// dS = P o (dP - delta), and adds dS K. The same kernel differentiates the attention weights: there
-// dP is given, and dlse = -rowsum(dS).
+// block of kCols keys:
+//
+//   S = Q K^T, E = P = exp(S - lse)          E to shared memory, read by the warp that wrote it
+//   dP = dO V^T, E = dS = E o (dP - delta)
+//   dQ += E K
+//
+// The same kernel differentiates the attention weights: there dP is given, and dlse = -rowsum(dS).
 #pragma once
 
 #include "cuda/common/query_block.cuh"
@@ -13,11 +17,11 @@
 
 namespace flash::cuda::simt {
 
-template <DType kDType, int kPanel_, Variant kVariant_>
+template <DType kDType, int kPanel_, Variant kVariant_,
+          int kCols_ = simt_cols(kDType, kVariant_)>
 struct BackwardTraits {
   static constexpr Variant kVariant = kVariant_;
-  static constexpr SimtTile kConfig = simt_backward_tile(kDType, kPanel_, kVariant);
-  static constexpr int kCols = kConfig.cols, kPanel = kPanel_, kMinCtas = kConfig.min_ctas;
+  static constexpr int kCols = kCols_, kPanel = kPanel_;
   using Element = cuda::Element<kDType>;
   using Real = Accumulator<Element>;
   using Tile = FmaTile<Real>;
@@ -26,13 +30,12 @@ struct BackwardTraits {
 
   struct SharedStorage {
     FmaStages<Real, (kCols > kPanel ? kCols : kPanel)> stages;
-    FmaExchange<Real, kCols> exchange;
-    Real lse[kCols], delta[kCols];  // backward_kv.cuh: of the queries of the tile
+    ScoreTile<Real, kCols, kVariant> scores;
   };
 };
 
 template <class Traits, class Params>
-__global__ void __launch_bounds__(Traits::Tile::kThreads, Traits::kMinCtas)
+__global__ void __launch_bounds__(Traits::Tile::kThreads)
     backward_q_kernel(const __grid_constant__ Params p, const RowView delta, int panels,
                       int blocks) {
   using Tile = typename Traits::Tile;
@@ -52,20 +55,17 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads, Traits::kMinCtas)
   int stage = 0;
 #pragma unroll 1
   for (int n = block.range.visit.begin; n < block.range.visit.end; ++n) {
-    typename Block::Scores weight = {}, slope, ds = {};
-    block.weights(weight, slope, shared.stages, stage, n);
-    block.gradients(ds, weight, shared.stages, stage, n);
-    if constexpr (kGradientIsGiven<Params>) {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i)
-#pragma unroll
-        for (int j = 0; j < kCols / 8; ++j) ds_sum[i] += ds[i][j];
-    }
-    if (!p.dq.data) continue;
-    shared.exchange.write(
-        [&](int i, int j) { return block.score.backward(ds[i][j], slope[i][j]); });
-    product_ab<kPanel>(acc_dq, shared.exchange, shared.stages, stage, block.k, n * kCols,
-                       cta.panel * kPanel);
+    block.weights(shared.scores, shared.stages, stage, n);
+    typename Block::Registers acc = {};
+    block.weight_gradients(acc, shared.stages, stage, n);
+    shared.scores.write_gradients(block.score, [&](int i, int j, Real weight) {
+      const Real ds = block.gradient(i, j, n, weight, acc[i][j]);
+      ds_sum[i] += ds;
+      return ds;
+    });
+    if (p.dq.data)
+      product_ab<kPanel>(acc_dq, shared.scores.exchange.tile, shared.stages, stage, block.k, n * kCols,
+                         cta.panel * kPanel);
   }
 
   if constexpr (kGradientIsGiven<Params>) {

@@ -23,8 +23,7 @@ namespace flash::cuda::simt {
 template <DType kDType, int kPanel_, Variant kVariant_>
 struct ForwardTraits {
   static constexpr Variant kVariant = kVariant_;
-  static constexpr SimtTile kConfig = simt_forward_tile(kDType, kPanel_, kVariant);
-  static constexpr int kCols = kConfig.cols, kPanel = kPanel_, kMinCtas = kConfig.min_ctas;
+  static constexpr int kCols = simt_cols(kDType, kVariant), kPanel = kPanel_;
   using Element = cuda::Element<kDType>;
   using Real = Accumulator<Element>;
   using Tile = FmaTile<Real>;
@@ -37,25 +36,42 @@ struct ForwardTraits {
   };
 };
 
-/// S (raw dot products) -> P, with the running maximum and sum of the rows; O is rescaled.
-template <class Traits, class Real, class Score, int kScoreCols, int kOutCols>
-__device__ __forceinline__ void softmax_step(Real (&acc_s)[Traits::Tile::kVec][kScoreCols],
-                                             Real (&acc_o)[Traits::Tile::kVec][kOutCols],
-                                             OnlineSoftmaxRow<Real> (&softmax)[Traits::Tile::kVec],
-                                             const Score& score, const IntervalMask& mask,
-                                             int first_q, int first_k, bool needs_mask) {
+/// Raw dot products -> scores, -inf where the pair is masked. Features are evaluated in a loop over
+/// shared memory: unrolled, they would fit neither the registers nor the instruction cache.
+template <class Traits, class Real, class Score, int kScoreCols>
+__device__ __forceinline__ void modify_scores(Real (&acc_s)[Traits::Tile::kVec][kScoreCols],
+                                              FmaExchange<Real, Traits::kCols>& exchange,
+                                              const Score& score, const IntervalMask& mask,
+                                              int first_q, int first_k, bool needs_mask) {
   using Tile = typename Traits::Tile;
+  const auto modified = [&](int i, int j, Real dot) {
+    const int q = first_q + Tile::row(i), k = first_k + Tile::col(j);
+    // Features have no values for rows beyond the last query.
+    if (Score::kGeneral && q >= mask.seqlen_q) return Real(-INFINITY);
+    return needs_mask && !mask.keep(q, k) ? Real(-INFINITY) : score(dot, q, k).score;
+  };
+  if constexpr (Score::kGeneral) {
+    exchange.write([&](int i, int j) { return acc_s[i][j]; });
+    exchange.update_in_loop(modified);
+    exchange.read(acc_s);
+  } else {
 #pragma unroll
-  for (int i = 0; i < Tile::kVec; ++i) {
-    const int q = first_q + Tile::row(i);
-    Real block_max = -INFINITY;
+    for (int i = 0; i < Tile::kVec; ++i)
 #pragma unroll
-    for (int j = 0; j < kScoreCols; ++j) {
-      const int k = first_k + Tile::col(j);
-      Real& s = acc_s[i][j];
-      s = needs_mask && !mask.keep(q, k) ? Real(-INFINITY) : score(s, q, k).score;
-      block_max = fmax(block_max, s);
-    }
+      for (int j = 0; j < kScoreCols; ++j) acc_s[i][j] = modified(i, j, acc_s[i][j]);
+  }
+}
+
+/// S -> P, with the running maximum and sum of the rows; O is rescaled.
+template <class Traits, class Real, int kScoreCols, int kOutCols>
+__device__ __forceinline__ void softmax_step(
+    Real (&acc_s)[Traits::Tile::kVec][kScoreCols], Real (&acc_o)[Traits::Tile::kVec][kOutCols],
+    OnlineSoftmaxRow<Real> (&softmax)[Traits::Tile::kVec]) {
+#pragma unroll
+  for (int i = 0; i < Traits::Tile::kVec; ++i) {
+    Real block_max = acc_s[i][0];
+#pragma unroll
+    for (int j = 1; j < kScoreCols; ++j) block_max = fmax(block_max, acc_s[i][j]);
     block_max = reduce_row(block_max, [](Real a, Real b) { return fmax(a, b); });
     const Real factor = softmax[i].rescale(block_max);
     // A row without a finite score yet: exp(-inf - 0) = 0, and a NaN stays one.
@@ -63,13 +79,8 @@ __device__ __forceinline__ void softmax_step(Real (&acc_s)[Traits::Tile::kVec][k
     Real sum = 0;
 #pragma unroll
     for (int j = 0; j < kScoreCols; ++j) {
-      const Real weight = exp_of(acc_s[i][j] - offset);
-      sum += weight;
-      acc_s[i][j] = weight;
-      if constexpr (Score::kGeneral) {
-        if (score.drops())
-          acc_s[i][j] = score.keeps(q, first_k + Tile::col(j)) ? weight * score.keep_scale() : 0;
-      }
+      acc_s[i][j] = exp_of(acc_s[i][j] - offset);
+      sum += acc_s[i][j];
     }
     softmax[i].sum += reduce_row(sum, [](Real a, Real b) { return a + b; });
 #pragma unroll
@@ -78,7 +89,7 @@ __device__ __forceinline__ void softmax_step(Real (&acc_s)[Traits::Tile::kVec][k
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::Tile::kThreads, Traits::kMinCtas)
+__global__ void __launch_bounds__(Traits::Tile::kThreads)
     forward_kernel(const __grid_constant__ ForwardParams p, int panels, int blocks) {
   using Tile = typename Traits::Tile;
   using Real = typename Traits::Real;
@@ -115,9 +126,14 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads, Traits::kMinCtas)
     const bool needs_mask = n < range.full.begin || n >= range.full.end;
     typename Tile::template Registers<kCols> acc_s = {};
     product_abt<kCols>(acc_s, shared.stages, stage, q, first_q, k, n * kCols, p.head_dim);
-    softmax_step<Traits>(acc_s, acc_o, softmax, score, mask, first_q, n * kCols, needs_mask);
+    modify_scores<Traits>(acc_s, shared.weights, score, mask, first_q, n * kCols, needs_mask);
+    softmax_step<Traits>(acc_s, acc_o, softmax);
     shared.weights.write([&](int i, int j) { return acc_s[i][j]; });
-    product_ab<kPanel>(acc_o, shared.weights, shared.stages, stage, v, n * kCols, first_col);
+    if (score.drops())
+      shared.weights.update_in_loop([&](int i, int j, Real weight) {
+        return score.keeps(first_q + Tile::row(i), n * kCols + Tile::col(j)) ? weight : Real(0);
+      });
+    product_ab<kPanel>(acc_o, shared.weights.tile, shared.stages, stage, v, n * kCols, first_col);
   }
 
   Real inverse[kVec];
@@ -132,7 +148,7 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads, Traits::kMinCtas)
         for (int j = 0; j < kPanel / 8; ++j) acc_o[i][j] *= factor;
       }
     }
-    inverse[i] = softmax[i].sum == 0 ? Real(0) : Real(1) / softmax[i].sum;
+    inverse[i] = softmax[i].sum == 0 ? Real(0) : score.keep_scale() / softmax[i].sum;
     const int row = first_q + Tile::row(i);
     if (cta.panel == 0 && Tile::first_col() == 0 && row < q_seq.length)
       static_cast<Real*>(p.lse.data)[p.lse.offset(q_seq, head) + row] = softmax[i].lse();
