@@ -121,8 +121,9 @@ struct QueryGradients {
   int* turns;           ///< a counter per query block; null: the order is free
   int* held = nullptr;  ///< the turn that this CTA has not passed on yet
 
-  FLASH_DEVICE void add(int m_block, int turn, typename Dq::Accumulator& accdQ) {
-    if (turns) wait_for_turn(held = turns + m_block, turn);
+  template <class Visits>
+  FLASH_DEVICE void add(int m_block, const Visits& visits, typename Dq::Accumulator& accdQ) {
+    if (turns) wait_for_turn(held = turns + m_block, visits.turn(m_block));
     Dq::for_each_quad(sums + m_block * int64_t(Dq::kElements), accdQ, red_add_quad);
   }
   /// A barrier of the CTA. It also passes the turn on, whose additions have had time to arrive.
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
       accdQ.clear();
       gemm<kBlockN>(accdQ, a_transposed_of(sdS, 0, Dq::first_row()),
                     b_of<Dq::kWarpsCols>(sK, 0, Dq::first_col()));  // dQ = dS K
-      gradients.add(m_block, visits.turn(m_block), accdQ);
+      gradients.add(m_block, visits, accdQ);
     };
 
     if (blocks.visit.begin == blocks.visit.end) break;
