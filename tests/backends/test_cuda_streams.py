@@ -20,8 +20,7 @@ def cuda_backend(backend):
 
 @pytest.fixture(params=NAMES)
 def true(request, cuda_backend):
-    made = truth(BY_NAME[request.param], "float16", "cuda")
-    return made
+    return truth(BY_NAME[request.param], "float16", "cuda")
 
 
 def test_capture_and_replay(cuda_backend, true):
@@ -65,6 +64,7 @@ def test_replays_draw_fresh_dropout(cuda_backend):
         return cuda_backend.attention(q, k, v, rng_state=state, dropout_p=0.5)[0], state
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // A CUDA backend against the fp64 formula: forward, backward, attention weights; each run twice and
 // compared bit by bit.
-//   attention_test [backend] [seed]     all backends without a name; skipped without a GPU
-//   attention_test time [backend]       TFLOP/s
+//   attention_test [backend [seed [text]]]   all backends without a name, or with ""; cases whose
+//                                            name has the text; skipped without a GPU
+//   attention_test time [backend]            TFLOP/s
 #include <atomic>
 #include <cstring>
 #include <mutex>
@@ -134,9 +135,10 @@ const char* dtype_name(DType dtype) {
   return names[int(dtype)];
 }
 
-int check_backend(const Backend& backend, uint64_t seed) {
-  const std::vector<Case> cases = make_cases(
+int check_backend(const Backend& backend, uint64_t seed, const std::string& text) {
+  std::vector<Case> cases = make_cases(
       {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat64}, 60, seed);
+  std::erase_if(cases, [&](const Case& c) { return c.name.find(text) == std::string::npos; });
   std::atomic<size_t> next{0};
   std::atomic<int> failed{0}, passed{0}, skipped{0};
   std::mutex output;
@@ -262,7 +264,7 @@ int main(int argc, char** argv) {
     if (*name && std::strcmp(backend->name, name) != 0) continue;
     ++tried;
     if (!timing) {
-      failed += check_backend(*backend, seed);
+      failed += check_backend(*backend, seed, argc > 3 ? argv[3] : "");
       continue;
     }
     for (DType dtype : {DType::kBFloat16, DType::kFloat32}) {
