@@ -34,7 +34,7 @@ test: build ## every test that this machine can run
 	$(PYTHON) -m pytest -q -n $(WORKERS) $(TESTS)
 
 test-gpu: python ## the grid of cases on a GPU; results in build/test-gpu.json
-	@$(NEEDS) build test
+	@$(NEEDS) build gpu
 	FLASH_ATTN_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest -q tests/backends --json build/test-gpu.json $(TESTS)
 
@@ -44,7 +44,7 @@ test-cpp: ## C++ tests of the layers below torch
 kernels: ## compile the CUDA backend alone; spills fail
 	$(PYTHON3) csrc/build_kernels.py kernels
 
-lint: ## formatters, linters, types
+lint: python ## formatters, linters, types
 	@$(NEEDS) lint
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -52,7 +52,7 @@ lint: ## formatters, linters, types
 	$(PYTHON) -m benchmarks.report --check
 	git ls-files '*.h' '*.cpp' '*.cuh' '*.cu' | xargs $(PYTHON) -m clang_format --dry-run -Werror
 
-format: ## let the formatters write
+format: python ## let the formatters write
 	@$(NEEDS) lint
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .

@@ -5,6 +5,7 @@ Where nothing is missing, nothing is fetched and pip does not run.
 """
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -21,7 +22,7 @@ def is_installed(requirement: str) -> bool:
     try:
         found = version(name)
     except PackageNotFoundError:
-        return False
+        return name == "ninja" and shutil.which(name) is not None
     if relation == "==":
         return found == wanted
     return relation is None or numbers(found) >= numbers(wanted)
