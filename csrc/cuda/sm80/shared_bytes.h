@@ -15,8 +15,8 @@ constexpr int64_t forward_shared_bytes(int head_dim, Variant variant) {
 
 constexpr int64_t backward_shared_bytes(int head_dim, Variant variant) {
   const TileConfig t = sm80_backward_tiles(head_dim, variant);
-  const int64_t elements = head_dim * (2 * t.block_n + 2 * t.num_stages * t.block_m) +
-                           int64_t(t.block_n) * t.block_m;
+  const int64_t elements =
+      head_dim * (2 * t.block_n + 2 * t.num_stages * t.block_m) + int64_t(t.block_n) * t.block_m;
   return 2 * elements + 8 * t.num_stages * t.block_m;
 }
 
