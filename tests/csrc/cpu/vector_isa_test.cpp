@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Accuracy and edge cases of the vector functions and conversions. Compiled once per instruction
 // set and for both Reals (FLASH_CPU_REAL).
-#include "cpu/vector.h"
-
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
 #include <random>
 
 #include "cpu/element.h"
+#include "cpu/vector.h"
 
 using namespace flash::cpu;
 
