@@ -62,8 +62,9 @@ def can_use(
 def use_backend(name: str) -> Iterator[None]:
     """Within it, calls run on the named backend: "cpu", "simt", "sm80", ...; "" for the best.
 
-    Process-wide, read at each call; a backward pass follows its forward. A backend that cannot
-    take a call raises instead of handing it to another one.
+    Process-wide, read at each call; a backward pass follows its forward (under torch.func, where
+    forward and backward are two calls, each reads it). A backend that cannot take a call raises
+    instead of handing it to another one.
 
     Raises:
         ValueError: the name is not one of the backends in this build.
