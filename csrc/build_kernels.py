@@ -44,7 +44,7 @@ ISA_FLAGS = {
     ),
 }
 NVCC_FLAGS = (
-    "-std=c++20 -O3 --expt-relaxed-constexpr -lineinfo -Icsrc"
+    "-std=c++20 -O3 --expt-relaxed-constexpr -Icsrc"
     " -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
     " -Xptxas -v,--warn-on-spills,--warn-on-local-memory-usage"
 )
