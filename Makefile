@@ -10,6 +10,7 @@ PYTHON ?= $(shell for p in python python3; do \
 PYTHON3 ?= python3
 WORKERS ?= 2
 NEEDS = $(PYTHON) .ci/install_extra.py
+CLANG_FORMAT = $(PYTHON) -c 'from clang_format import clang_format as run; run()'
 
 .PHONY: help python build test test-gpu test-cpp kernels lint format demo bench clean
 
@@ -50,13 +51,13 @@ lint: python ## formatters, linters, types
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(PYTHON) -m benchmarks.report --check
-	git ls-files '*.h' '*.cpp' '*.cuh' '*.cu' | xargs $(PYTHON) -m clang_format --dry-run -Werror
+	git ls-files '*.h' '*.cpp' '*.cuh' '*.cu' | xargs $(CLANG_FORMAT) --dry-run -Werror
 
 format: python ## let the formatters write
 	@$(NEEDS) lint
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	git ls-files '*.h' '*.cpp' '*.cuh' '*.cu' | xargs $(PYTHON) -m clang_format -i
+	git ls-files '*.h' '*.cpp' '*.cuh' '*.cu' | xargs $(CLANG_FORMAT) -i
 
 demo: build ## train a small GPT three ways; plots in demo_output/
 	@$(NEEDS) demo
