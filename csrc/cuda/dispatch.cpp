@@ -40,8 +40,8 @@ DeviceLimits current_device() {
 
 template <class F>
 void dispatch_dtype(DType dtype, F&& f) {
-  dispatch_value<DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat64>(
-      "dtype", dtype, f);
+  dispatch_value<DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat64>("dtype",
+                                                                                      dtype, f);
 }
 
 /// f.operator()<kDType, kHeadDim, kVariant>() for the sm80 kernel of `spec`.
@@ -88,8 +88,7 @@ struct BackwardWorkspace {
   static BackwardWorkspace of(const BackwardParams& p, int64_t scratch_bytes) {
     const auto align = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
     const SequenceLayout& q = p.q_layout;
-    const int64_t rows =
-        (q.packed() ? q.total : int64_t(p.batch) * q.max) * int64_t(p.num_heads);
+    const int64_t rows = (q.packed() ? q.total : int64_t(p.batch) * q.max) * int64_t(p.num_heads);
     const int64_t blocks = (q.max + simt_rows(p.dtype) - 1) / simt_rows(p.dtype);
     const int64_t slopes = p.dslopes ? int64_t(p.batch) * p.num_heads * blocks : 0;
     const int64_t real = accumulation_bytes(p.dtype);
@@ -166,8 +165,7 @@ int64_t backward_workspace_bytes(const BackwardParams& p, int) {
   return BackwardWorkspace::of(p, scratch_bytes(kArch, p)).bytes;
 }
 
-void backward_sm90(const KernelSpec& spec, const BackwardParams& p, void* workspace,
-                   void* stream) {
+void backward_sm90(const KernelSpec& spec, const BackwardParams& p, void* workspace, void* stream) {
   dispatch_value<64, 128>("head_dim", spec.head_dim, [&]<int kHeadDim> {
     sm90::launch_backward<kHeadDim>(p, workspace, stream);
   });
@@ -195,8 +193,7 @@ void backward(const BackwardParams& p, const Launch& launch) {
   const auto parts = BackwardWorkspace::of(p, scratch_bytes(kArch, p));
   char* const workspace = static_cast<char*>(launch.workspace);
   void* const stream = launch.stream;
-  if (spec.arch == Arch::kSm90)
-    return backward_sm90(spec, p, workspace + parts.scratch, stream);
+  if (spec.arch == Arch::kSm90) return backward_sm90(spec, p, workspace + parts.scratch, stream);
   const RowView delta = parts.delta_view(p, workspace);
   dispatch_dtype(p.dtype, [&]<DType kDType> {
     fill_gradient<kDType>(p.dq, p.q_layout, p.num_heads, p.batch, p.head_dim, stream);
@@ -211,8 +208,7 @@ void backward(const BackwardParams& p, const Launch& launch) {
 }
 
 void weights(const WeightsParams& p, const Launch& launch) {
-  dispatch_dtype(p.dtype,
-                 [&]<DType kDType> { simt::launch_weights<kDType>(p, launch.stream); });
+  dispatch_dtype(p.dtype, [&]<DType kDType> { simt::launch_weights<kDType>(p, launch.stream); });
 }
 int64_t weights_backward_workspace_bytes(const WeightsBackwardParams&, int) { return 0; }
 void weights_backward(const WeightsBackwardParams& p, const Launch& launch) {

@@ -33,7 +33,9 @@ inline int num_multiprocessors() {
   return count;
 }
 
-FLASH_HOST_DEVICE constexpr int64_t ceil_div(int64_t x, int64_t step) { return (x + step - 1) / step; }
+FLASH_HOST_DEVICE constexpr int64_t ceil_div(int64_t x, int64_t step) {
+  return (x + step - 1) / step;
+}
 
 /// Launches kernel(arguments...) on `ctas` CTAs in one grid dimension (a limit of 2^31 - 1), with
 /// as much dynamic shared memory as asked for. An empty grid launches nothing.

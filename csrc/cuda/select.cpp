@@ -61,8 +61,8 @@ KernelSpec select(Arch arch, const ForwardParams& p, Direction direction) {
     case Arch::kSimt:
       break;
   }
-  const int width = direction == Direction::kForward ? p.head_dim_v
-                                                     : std::max(p.head_dim, p.head_dim_v);
+  const int width =
+      direction == Direction::kForward ? p.head_dim_v : std::max(p.head_dim, p.head_dim_v);
   // Only fp32 has kernels without features: the other dtypes rarely come here.
   const Variant variant = p.dtype == DType::kFloat32 ? p.variant() : Variant::kGeneral;
   return {arch, p.dtype, simt_panel(p.dtype, width), variant};

@@ -178,8 +178,7 @@ struct TransposedChunk {
   FLASH_DEVICE void fetch(const Source& source, int first_col) {
 #pragma unroll
     for (int n = 0; n < kPerThread; ++n)
-      vectors[n] =
-          source.fetch(starts[n], first_col + index(n) % kVectorsPerRow * Tile::kVec);
+      vectors[n] = source.fetch(starts[n], first_col + index(n) % kVectorsPerRow * Tile::kVec);
   }
   template <int kPitch>
   FLASH_DEVICE void store(Real (&stage)[Tile::kDepth][kPitch]) const {
@@ -222,13 +221,12 @@ struct StraightChunk {
   }
 };
 
-/// acc (kRows x kCols) += A B^T over `depth` columns, A = rows of `a` from a_row on, B = rows of `b`
-/// from b_row on.
+/// acc (kRows x kCols) += A B^T over `depth` columns, A = rows of `a` from a_row on, B = rows of
+/// `b` from b_row on.
 template <int kCols, class Real, int kMaxCols, class SourceA, class SourceB>
 FLASH_DEVICE void product_abt(Real (&acc)[FmaTile<Real>::kVec][kCols / 8],
-                                            FmaStages<Real, kMaxCols>& stages, int& stage,
-                                            const SourceA& a, int a_row, const SourceB& b,
-                                            int b_row, int depth) {
+                              FmaStages<Real, kMaxCols>& stages, int& stage, const SourceA& a,
+                              int a_row, const SourceB& b, int b_row, int depth) {
   using Tile = FmaTile<Real>;
   if (depth <= 0) return;
   TransposedChunk<Real, typename SourceA::Element, Tile::kRows> next_a(a, a_row);
@@ -282,8 +280,7 @@ struct FmaExchange {
     __syncwarp();
 #pragma unroll 1
     for (int j = 0; j < kCols / 8; ++j) {
-      auto& own =
-          *reinterpret_cast<typename Tile::Vector*>(&tile[Tile::col(j)][Tile::first_row()]);
+      auto& own = *reinterpret_cast<typename Tile::Vector*>(&tile[Tile::col(j)][Tile::first_row()]);
       typename Tile::Vector rows = own;
 #pragma unroll
       for (int i = 0; i < Tile::kVec; ++i) rows.x[i] = value(i, j, rows.x[i]);
@@ -370,8 +367,8 @@ FLASH_DEVICE void product_atb(Real (&acc)[FmaTile<Real>::kVec][kCols / 8], const
 /// Writes rows [first_row, first_row + kRows) and columns [first_col, first_col + kPanel) of a
 /// matrix, where they lie inside; value(i, j) is what the thread holds for its row i and column j.
 template <int kPanel, class Real, class Element, class Value>
-FLASH_DEVICE void store_rows(Element* data, int64_t row_stride, int rows, int width,
-                                           int first_row, int first_col, Value value) {
+FLASH_DEVICE void store_rows(Element* data, int64_t row_stride, int rows, int width, int first_row,
+                             int first_col, Value value) {
   using Tile = FmaTile<Real>;
   constexpr int kVec = Tile::kVec;
   const bool aligned = rows_are_aligned<kVec>(data, row_stride);

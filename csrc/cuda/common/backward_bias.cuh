@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // dbias = dS summed over the dimensions that the bias broadcasts, for every backend. One CTA owns a
-// tile of the bias's own shape, walks the broadcast dimensions in a fixed order (batch, heads, query
-// blocks, key blocks) and recomputes P and dS from lse: no atomics, one rounding, no N x N memory.
+// tile of the bias's own shape, walks the broadcast dimensions in a fixed order (batch, heads,
+// query blocks, key blocks) and recomputes P and dS from lse: no atomics, one rounding, no N x N
+// memory.
 #pragma once
 
 #include "cuda/common/pair_kernels.cuh"
@@ -103,8 +104,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     for (int j = 0; j < kCols / 8; ++j) {
       const int q = own_row * kRows + Tile::row(i), k = own_col * kCols + Tile::col(j);
       if (q < p.bias_shape[2] && k < p.bias_shape[3])
-        static_cast<BiasElement*>(
-            p.dbias)[(matrix * p.bias_shape[2] + q) * p.bias_shape[3] + k] =
+        static_cast<BiasElement*>(p.dbias)[(matrix * p.bias_shape[2] + q) * p.bias_shape[3] + k] =
             narrow<BiasElement>(acc[i][j]);
     }
 }
@@ -114,8 +114,7 @@ void launch_backward_bias(const Params& p, const RowView& delta, void* stream) {
   using Traits = PairTraits<kDType>;
   const BiasBlocks blocks{int(ceil_div(p.bias_shape[2], Traits::kRows)),
                           int(ceil_div(p.bias_shape[3], Traits::kCols))};
-  const int64_t ctas =
-      int64_t(p.bias_shape[0]) * p.bias_shape[1] * blocks.rows * blocks.cols;
+  const int64_t ctas = int64_t(p.bias_shape[0]) * p.bias_shape[1] * blocks.rows * blocks.cols;
   const auto run = [&]<class BiasElement>() {
     launch(backward_bias_kernel<Traits, Params, BiasElement>, ctas, Traits::kThreads,
            sizeof(typename Traits::SharedStorage), stream, p, delta, blocks);

@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(kDeltaWarps * 32)
   const Sequence s = Sequence::of(p.q_layout, batch);
   if (row >= s.length) return;
 
-  const MatrixRows<Real, Element> out(p.out.data, p.out.offset(s, head), p.out.row_stride,
-                                      s.length, p.head_dim_v);
+  const MatrixRows<Real, Element> out(p.out.data, p.out.offset(s, head), p.out.row_stride, s.length,
+                                      p.head_dim_v);
   const MatrixRows<Real, Element> dout(p.dout.data, p.dout.offset(s, head), p.dout.row_stride,
                                        s.length, p.head_dim_v);
   const Element *const out_row = out.row_start(row), *const dout_row = dout.row_start(row);

@@ -83,18 +83,17 @@ void launch_backward_slopes(const BackwardParams& p, const RowView& delta, void*
   using Real = typename Traits::Real;
   const int blocks = int(ceil_div(p.q_layout.max, simt_rows(kDType)));
   static_assert(simt_rows(kDType) == Traits::kRows, "the workspace is sized by simt_rows");
-  launch(backward_slopes_kernel<Traits>, int64_t(p.batch) * p.num_heads * blocks,
-         Traits::kThreads, sizeof(typename Traits::SharedStorage), stream, p, delta,
-         static_cast<Real*>(partials), blocks);
-  launch(sum_partials_kernel<Real>, int64_t(p.slopes_per_batch ? p.batch : 1) * p.num_heads, 256,
-         0, stream, static_cast<Real*>(p.dslopes), static_cast<const Real*>(partials), p.batch,
+  launch(backward_slopes_kernel<Traits>, int64_t(p.batch) * p.num_heads * blocks, Traits::kThreads,
+         sizeof(typename Traits::SharedStorage), stream, p, delta, static_cast<Real*>(partials),
+         blocks);
+  launch(sum_partials_kernel<Real>, int64_t(p.slopes_per_batch ? p.batch : 1) * p.num_heads, 256, 0,
+         stream, static_cast<Real*>(p.dslopes), static_cast<const Real*>(partials), p.batch,
          p.num_heads, blocks, p.slopes_per_batch);
 }
 
 template <DType kDType>
 void launch_backward_sink(const BackwardParams& p, const RowView& delta, void* stream) {
-  launch(backward_sink_kernel<Accumulator<Element<kDType>>>, p.num_heads, 256, 0, stream, p,
-         delta);
+  launch(backward_sink_kernel<Accumulator<Element<kDType>>>, p.num_heads, 256, 0, stream, p, delta);
 }
 
 }  // namespace flash::cuda

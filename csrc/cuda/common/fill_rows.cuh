@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(kFillWarps * 32)
   const int64_t row = index % rows, head = index / rows % num_heads;
   const int64_t b = index / rows / num_heads;
   if (b >= batch) return;
-  Element* at = static_cast<Element*>(view.data) + b * view.batch_stride +
-                head * view.head_stride + row * view.row_stride;
+  Element* at = static_cast<Element*>(view.data) + b * view.batch_stride + head * view.head_stride +
+                row * view.row_stride;
   for (int d = threadIdx.x % 32; d < width; d += 32) at[d] = narrow<Element>(Real(0));
   if (lse.data && threadIdx.x % 32 == 0)
     static_cast<Real*>(lse.data)[b * lse.batch_stride + head * lse.head_stride + row] =

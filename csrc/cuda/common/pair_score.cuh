@@ -43,17 +43,15 @@ struct PairScore {
       return {dot * scale, Real(1)};
     }
   }
-  __device__ __forceinline__ bool drops() const {
-    return kGeneral && features.dropout.enabled();
-  }
+  __device__ __forceinline__ bool drops() const { return kGeneral && features.dropout.enabled(); }
   /// 1 / (1 - p)
   __device__ __forceinline__ Real keep_scale() const {
     return drops() ? Real(features.dropout.scale) : Real(1);
   }
   __device__ __forceinline__ bool keeps(int q, int k) const { return dropout.keep(q, k); }
 
-  // The backward carries a weight P >= 0 with the sign bit set where dropout drops the pair, so that
-  // Philox runs once per pair and pass.
+  // The backward carries a weight P >= 0 with the sign bit set where dropout drops the pair, so
+  // that Philox runs once per pair and pass.
 
   /// P = exp(score - lse), 0 where the pair is masked; `slope` = d(score) / d(scale q.k).
   __device__ __forceinline__ Real signed_weight(Real dot, int q, int k, bool kept, Real lse,
@@ -117,7 +115,8 @@ struct AttendedKeys {
   }
 };
 
-/// lse as the backward reads it: rows without a key, and rows outside, have weights exp(s - inf) = 0.
+/// lse as the backward reads it: rows without a key, and rows outside, have weights exp(s - inf) =
+/// 0.
 template <class Real>
 __device__ __forceinline__ Real lse_of(const RowView& view, const Sequence& s, int head, int q) {
   if (q >= s.length) return Real(INFINITY);

@@ -74,8 +74,8 @@ struct QueryBlock {
     if constexpr (!kGradientIsGiven<Params>) {
       const MatrixRows<Real, Element> dout(p.dout.data, p.dout.offset(q_seq, head),
                                            p.dout.row_stride, q_seq.length, p.head_dim_v);
-      const MatrixRows<Real, Element, Keys> v(p.v.data, p.v.offset(k_seq, head_k()),
-                                              p.v.row_stride, k_seq.length, p.head_dim_v, k.keep);
+      const MatrixRows<Real, Element, Keys> v(p.v.data, p.v.offset(k_seq, head_k()), p.v.row_stride,
+                                              k_seq.length, p.head_dim_v, k.keep);
       product_abt<kCols>(acc, stages, stage, dout, first_q, v, n * kCols, p.head_dim_v);
     }
   }

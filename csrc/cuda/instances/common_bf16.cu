@@ -6,10 +6,12 @@
 
 namespace flash::cuda {
 
-template void launch_fill_rows<DType::kBFloat16>(const TensorView&, const RowView&, const SequenceLayout&, int, int, int, void*);
+template void launch_fill_rows<DType::kBFloat16>(const TensorView&, const RowView&,
+                                                 const SequenceLayout&, int, int, int, void*);
 template void launch_backward_delta<DType::kBFloat16>(const BackwardParams&, const RowView&, void*);
 template void launch_backward_bias<DType::kBFloat16>(const BackwardParams&, const RowView&, void*);
-template void launch_backward_slopes<DType::kBFloat16>(const BackwardParams&, const RowView&, void*, void*);
+template void launch_backward_slopes<DType::kBFloat16>(const BackwardParams&, const RowView&, void*,
+                                                       void*);
 template void launch_backward_sink<DType::kBFloat16>(const BackwardParams&, const RowView&, void*);
 
 }  // namespace flash::cuda

@@ -6,10 +6,12 @@
 
 namespace flash::cuda {
 
-template void launch_fill_rows<DType::kFloat16>(const TensorView&, const RowView&, const SequenceLayout&, int, int, int, void*);
+template void launch_fill_rows<DType::kFloat16>(const TensorView&, const RowView&,
+                                                const SequenceLayout&, int, int, int, void*);
 template void launch_backward_delta<DType::kFloat16>(const BackwardParams&, const RowView&, void*);
 template void launch_backward_bias<DType::kFloat16>(const BackwardParams&, const RowView&, void*);
-template void launch_backward_slopes<DType::kFloat16>(const BackwardParams&, const RowView&, void*, void*);
+template void launch_backward_slopes<DType::kFloat16>(const BackwardParams&, const RowView&, void*,
+                                                      void*);
 template void launch_backward_sink<DType::kFloat16>(const BackwardParams&, const RowView&, void*);
 
 }  // namespace flash::cuda

@@ -3,9 +3,13 @@
 
 namespace flash::cuda::simt {
 
-template void launch_backward<DType::kFloat32, 64, Variant::kPlain>(const BackwardParams&, const RowView&, void*);
-template void launch_backward<DType::kFloat32, 64, Variant::kGeneral>(const BackwardParams&, const RowView&, void*);
-template void launch_backward<DType::kFloat32, 128, Variant::kPlain>(const BackwardParams&, const RowView&, void*);
-template void launch_backward<DType::kFloat32, 128, Variant::kGeneral>(const BackwardParams&, const RowView&, void*);
+template void launch_backward<DType::kFloat32, 64, Variant::kPlain>(const BackwardParams&,
+                                                                    const RowView&, void*);
+template void launch_backward<DType::kFloat32, 64, Variant::kGeneral>(const BackwardParams&,
+                                                                      const RowView&, void*);
+template void launch_backward<DType::kFloat32, 128, Variant::kPlain>(const BackwardParams&,
+                                                                     const RowView&, void*);
+template void launch_backward<DType::kFloat32, 128, Variant::kGeneral>(const BackwardParams&,
+                                                                       const RowView&, void*);
 
 }  // namespace flash::cuda::simt

@@ -3,6 +3,7 @@
 
 namespace flash::cuda::simt {
 
-template void launch_backward<DType::kFloat64, 64, Variant::kGeneral>(const BackwardParams&, const RowView&, void*);
+template void launch_backward<DType::kFloat64, 64, Variant::kGeneral>(const BackwardParams&,
+                                                                      const RowView&, void*);
 
 }  // namespace flash::cuda::simt

@@ -14,7 +14,8 @@
 //
 // The sums of a whole group stay in registers: one rounding. DqSums::kSeparate leaves dQ to
 // backward_q.cuh: deterministic, and two more products. DqSums::kAtomic adds each tile's part to
-// dQ in global memory; the CTAs of a head start at different query blocks, so that they seldom meet.
+// dQ in global memory; the CTAs of a head start at different query blocks, so that they seldom
+// meet.
 #pragma once
 
 #include "cuda/common/backward_bias.cuh"
@@ -129,8 +130,8 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads)
     const Keys keys{p.features.score_mod, cta.batch, head};
     const MatrixRows<Real, Element> q(p.q.data, p.q.offset(q_seq, head), p.q.row_stride,
                                       q_seq.length, p.head_dim);
-    const MatrixRows<Real, Element, Keys> k(p.k.data, p.k.offset(k_seq, cta.head),
-                                            p.k.row_stride, k_seq.length, p.head_dim, keys);
+    const MatrixRows<Real, Element, Keys> k(p.k.data, p.k.offset(k_seq, cta.head), p.k.row_stride,
+                                            k_seq.length, p.head_dim, keys);
 #pragma unroll 1
     for (int step = 0; step < visited; ++step) {
       const int m = range.visit.begin + (step + first_step) % visited;
@@ -152,8 +153,9 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads)
         const MatrixRows<Real, Element> dout(p.dout.data, p.dout.offset(q_seq, head),
                                              p.dout.row_stride, q_seq.length, p.head_dim_v);
         if (p.dv.data)
-          product_ab<kPanel>(acc_dv, shared.scores.exchange.tile, shared.stages, stage, dout, first_q,
-                             first_col, [&](Real weight) { return score.kept_weight(weight); });
+          product_ab<kPanel>(acc_dv, shared.scores.exchange.tile, shared.stages, stage, dout,
+                             first_q, first_col,
+                             [&](Real weight) { return score.kept_weight(weight); });
         if (!p.dk.data) continue;
         const MatrixRows<Real, Element, Keys> v(p.v.data, p.v.offset(k_seq, cta.head),
                                                 p.v.row_stride, k_seq.length, p.head_dim_v, keys);
@@ -212,8 +214,8 @@ bool may_add_dq(const BackwardParams& p) {
   if (p.head_dim > Traits::kPanel || p.head_dim_v > Traits::kPanel) return false;
   int device = 0, shared_bytes = 0;
   FLASH_CUDA_CHECK(cudaGetDevice(&device));
-  FLASH_CUDA_CHECK(cudaDeviceGetAttribute(&shared_bytes,
-                                          cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  FLASH_CUDA_CHECK(
+      cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return size_t(shared_bytes) >= sizeof(typename Traits::SharedStorage);
 }
 
@@ -223,8 +225,7 @@ void launch_backward(const BackwardParams& p, const RowView& delta, void* stream
   if constexpr (kDType == DType::kFloat32 && kVariant == Variant::kPlain) {
     // Three accumulators of 128 columns leave registers for 64 queries at a time.
     constexpr int kCols = kPanel == 64 ? 128 : 64;
-    using Traits =
-        KeyValueTraits<BackwardTraits<kDType, kPanel, kVariant, kCols>, DqSums::kAtomic>;
+    using Traits = KeyValueTraits<BackwardTraits<kDType, kPanel, kVariant, kCols>, DqSums::kAtomic>;
     if (may_add_dq<Traits>(p)) {
       launch_fill_rows<kDType>(p.dq, RowView{}, p.q_layout, p.num_heads, p.batch, p.head_dim,
                                stream);
@@ -240,8 +241,9 @@ template <DType kDType>
 void launch_weights_backward(const WeightsBackwardParams& p, void* stream) {
   constexpr int kPanel = 64;
   if (p.dk.data)
-    launch_backward_kv<KeyValueTraits<BackwardTraits<kDType, kPanel, Variant::kGeneral>,
-                                      DqSums::kSeparate>>(p, RowView{}, stream);
+    launch_backward_kv<
+        KeyValueTraits<BackwardTraits<kDType, kPanel, Variant::kGeneral>, DqSums::kSeparate>>(
+        p, RowView{}, stream);
   if (p.dq.data || p.dlse.data)
     launch_backward_q<kDType, kPanel, Variant::kGeneral>(p, RowView{}, stream);
   if (p.dbias) launch_backward_bias<kDType>(p, RowView{}, stream);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // dQ = scale dS K on CUDA cores: any head dim, any dtype, deterministic.
 //
-// One CTA computes a panel of kPanel columns of dQ for kRows query rows of one (sequence, head). Per
-// block of kCols keys:
+// One CTA computes a panel of kPanel columns of dQ for kRows query rows of one (sequence, head).
+// Per block of kCols keys:
 //
 //   S = Q K^T, E = P = exp(S - lse)          E to shared memory, read by the warp that wrote it
 //   dP = dO V^T, E = dS = E o (dP - delta)
@@ -17,8 +17,7 @@
 
 namespace flash::cuda::simt {
 
-template <DType kDType, int kPanel_, Variant kVariant_,
-          int kCols_ = simt_cols(kDType, kVariant_)>
+template <DType kDType, int kPanel_, Variant kVariant_, int kCols_ = simt_cols(kDType, kVariant_)>
 struct BackwardTraits {
   static constexpr Variant kVariant = kVariant_;
   static constexpr int kCols = kCols_, kPanel = kPanel_;
@@ -64,8 +63,8 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads)
       return ds;
     });
     if (p.dq.data)
-      product_ab<kPanel>(acc_dq, shared.scores.exchange.tile, shared.stages, stage, block.k, n * kCols,
-                         cta.panel * kPanel);
+      product_ab<kPanel>(acc_dq, shared.scores.exchange.tile, shared.stages, stage, block.k,
+                         n * kCols, cta.panel * kPanel);
   }
 
   if constexpr (kGradientIsGiven<Params>) {

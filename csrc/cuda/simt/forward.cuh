@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // FlashAttention-2, Algorithm 1, on CUDA cores: any head dim, any dtype.
 //
-// One CTA computes a panel of kPanel columns of O for kRows query rows of one (sequence, head); CTAs
-// of further panels repeat the scores. Per block of kCols keys:
+// One CTA computes a panel of kPanel columns of O for kRows query rows of one (sequence, head);
+// CTAs of further panels repeat the scores. Per block of kCols keys:
 //
 //   S = Q K^T       both streamed through shared memory in chunks of 16 columns of the head dim
 //   m, l            a row's scores lie in 8 lanes of one warp: shuffles
@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads)
   const IntervalMask mask = p.mask_of(q_seq, k_seq);
   const Score score(p, cta.batch, head, q_seq, k_seq);
   const Keys keys{p.features.score_mod, cta.batch, head};
-  const MatrixRows<Real, Element> q(p.q.data, p.q.offset(q_seq, head), p.q.row_stride,
-                                    q_seq.length, p.head_dim);
+  const MatrixRows<Real, Element> q(p.q.data, p.q.offset(q_seq, head), p.q.row_stride, q_seq.length,
+                                    p.head_dim);
   const MatrixRows<Real, Element, Keys> k(p.k.data, p.k.offset(k_seq, head_k), p.k.row_stride,
                                           k_seq.length, p.head_dim, keys);
   const MatrixRows<Real, Element, Keys> v(p.v.data, p.v.offset(k_seq, head_k), p.v.row_stride,
@@ -164,8 +164,7 @@ void launch_forward(const ForwardParams& p, void* stream) {
   const int panels = int(ceil_div(p.head_dim_v > 0 ? p.head_dim_v : 1, kPanel));
   const int blocks = int(ceil_div(p.q_layout.max, Traits::kRows));
   launch(forward_kernel<Traits>, int64_t(panels) * blocks * p.num_heads * p.batch,
-         Traits::Tile::kThreads, sizeof(typename Traits::SharedStorage), stream, p, panels,
-         blocks);
+         Traits::Tile::kThreads, sizeof(typename Traits::SharedStorage), stream, p, panels, blocks);
 }
 
 }  // namespace flash::cuda::simt

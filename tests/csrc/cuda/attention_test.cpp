@@ -136,8 +136,8 @@ const char* dtype_name(DType dtype) {
 }
 
 int check_backend(const Backend& backend, uint64_t seed, const std::string& text) {
-  std::vector<Case> cases = make_cases(
-      {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat64}, 60, seed);
+  std::vector<Case> cases =
+      make_cases({DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat64}, 60, seed);
   std::erase_if(cases, [&](const Case& c) { return c.name.find(text) == std::string::npos; });
   std::atomic<size_t> next{0};
   std::atomic<int> failed{0}, passed{0}, skipped{0};
@@ -257,8 +257,8 @@ int main(int argc, char** argv) {
   }
   const bool timing = argc > 1 && std::strcmp(argv[1], "time") == 0;
   const char* const name = argc > (timing ? 2 : 1) ? argv[timing ? 2 : 1] : "";
-  const uint64_t seed = !timing && argc > 2 ? std::strtoull(argv[2], nullptr, 10)
-                                            : std::random_device{}();
+  const uint64_t seed =
+      !timing && argc > 2 ? std::strtoull(argv[2], nullptr, 10) : std::random_device{}();
   int failed = 0, tried = 0;
   for (const Backend* backend : cuda::backends()) {
     if (*name && std::strcmp(backend->name, name) != 0) continue;

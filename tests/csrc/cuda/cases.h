@@ -33,9 +33,8 @@ inline std::vector<Case> make_cases(const std::vector<DType>& dtypes, int num_ra
   add("d40 dv24", [](Case& c) { c.d = 40, c.dv = 24, c.gap = 3; });
   add("causal", [](Case& c) { c.sq = c.sk = 200, c.mask.window_right = 0; });
   add("causal top-left, more queries", [](Case& c) { c.sq = 190, c.mask.window_right = 0; });
-  add("causal bottom-right, empty rows", [](Case& c) {
-    c.sq = 300, c.sk = 150, c.mask.window_right = 0, c.mask.bottom_right = true;
-  });
+  add("causal bottom-right, empty rows",
+      [](Case& c) { c.sq = 300, c.sk = 150, c.mask.window_right = 0, c.mask.bottom_right = true; });
   add("window", [](Case& c) { c.sq = 300, c.sk = 280, c.mask = {true, 40, 10, 0}; });
   add("window without a diagonal", [](Case& c) { c.sk = 300, c.mask = {false, -100, 150, 0}; });
   add("prefix", [](Case& c) { c.sq = c.sk = 260, c.mask = {false, kNone, 0, 70}; });
@@ -52,9 +51,8 @@ inline std::vector<Case> make_cases(const std::vector<DType>& dtypes, int num_ra
   add("zero scale", [](Case& c) { c.scale = 0; });
   add("softcap", [](Case& c) { c.softcap = 1.5; });
   add("bool mask", [](Case& c) { c.bool_mask = true; });
-  add("key padding", [](Case& c) {
-    c.bool_mask = true, c.broadcast = 2 | 4, c.masked_keys_are_nan = true;
-  });
+  add("key padding",
+      [](Case& c) { c.bool_mask = true, c.broadcast = 2 | 4, c.masked_keys_are_nan = true; });
   for (int broadcast = 0; broadcast < 16; ++broadcast)
     add("bias broadcast " + std::to_string(broadcast), [&](Case& c) {
       c.bias = true, c.broadcast = broadcast, c.bias_is_float32 = broadcast % 3 == 0;

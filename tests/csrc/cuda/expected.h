@@ -27,7 +27,8 @@ inline double tolerance(DType dtype, bool rounds_once) {
   return 0;
 }
 
-/// Compares `actual` with `expected`: equal infinities, else errors below `bound` max(1, |largest|).
+/// Compares `actual` with `expected`: equal infinities, else errors below `bound` max(1,
+/// |largest|).
 class Comparison {
  public:
   Comparison(std::string what, double bound) : what_(std::move(what)), bound_(bound) {}

@@ -14,14 +14,13 @@
 #include "attention/backend.h"
 #include "reference.h"
 
-#define CUDA_OK(call)                                                                  \
-  do {                                                                                 \
-    const cudaError_t status = (call);                                                 \
-    if (status != cudaSuccess) {                                                       \
-      std::fprintf(stderr, "%s: %s at line %d\n", #call, cudaGetErrorString(status),   \
-                   __LINE__);                                                          \
-      std::exit(1);                                                                    \
-    }                                                                                  \
+#define CUDA_OK(call)                                                                           \
+  do {                                                                                          \
+    const cudaError_t status = (call);                                                          \
+    if (status != cudaSuccess) {                                                                \
+      std::fprintf(stderr, "%s: %s at line %d\n", #call, cudaGetErrorString(status), __LINE__); \
+      std::exit(1);                                                                             \
+    }                                                                                           \
   } while (0)
 
 namespace flash {
