@@ -12,7 +12,7 @@
 // Both operands of an outer product step lie in shared memory with the inner index outermost,
 // A[k][row] and B[k][col], and are read 16 bytes at a time. The row lane is made of bits 0 and 4 of
 // the lane, the column lane of bits 1 to 3: then lanes that share 16 bytes are neighbours (lane ^ 1
-// or lane ^ 2), and a warp's 16-byte read takes two passes over the banks instead of four.
+// or lane ^ 2), as an interleaved lane layout has it for reads of 16 bytes to be merged.
 //
 // The inner index is walked in chunks of kDepth through two stages of shared memory: the next chunk
 // travels from global memory to registers while this one is multiplied, one barrier a chunk.
