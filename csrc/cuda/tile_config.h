@@ -22,11 +22,11 @@ constexpr int simt_panel(DType dtype, int head_dim) {
 }
 
 /// simt: columns of the tile of scores. Without features 128 gain 5 to 15 % over 64 in fp32 (H100,
-/// head dims 64 and 128, 1k and 4k tokens); with them, and in fp64, registers and shared memory
-/// hold
-/// 64. fp32 in TFLOP/s at 4k tokens, full: forward 29.6 (d64), 32.6 (d128); backward with dq added
-/// atomically 33.4, 34.3, deterministic 23.8, 25.6; torch 2.11's memory-efficient backend there
-/// forward 35.3, 46.8, backward 34.8, 35.8.
+/// head dims 64 and 128, 1k and 4k tokens); elsewhere registers and shared memory hold 64.
+///
+/// fp32, 4k tokens, full, TFLOP/s on one H100, head dims 64 and 128: forward 29.6 and 32.6;
+/// backward with dq added atomically 33.4 and 34.3, deterministic about 24 and 26. torch 2.11's
+/// memory-efficient backend on that card: forward 35.3 and 46.8, backward 34.8 and 35.8.
 constexpr int simt_cols(DType dtype, Variant variant) {
   return dtype == DType::kFloat32 && variant == Variant::kPlain ? 128 : 64;
 }
