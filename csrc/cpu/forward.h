@@ -126,14 +126,23 @@ struct WorkspaceLayout {
 template <class Element>
 FLASH_NOINLINE void load_queries(const ForwardParams& p, const Sequence& sequence, Real scale,
                                  const Group& group) {
-  std::memset(group.q, 0, sizeof(Real) * kGroupQueries * whole_vectors(p.head_dim));
-  std::memset(group.o, 0, sizeof(Real) * kGroupQueries * whole_vectors(p.head_dim_v));
-  for_each_query(group.queries, [&](int i, int head, int64_t q) {
+  const GroupQueries& queries = group.queries;
+  const auto read = [&](int i, int d, int count, Real* to) {
+    const int head = queries.head_begin + i / queries.rows();
+    const int64_t q = queries.q_begin + i % queries.rows();
     const Element* row =
         static_cast<const Element*>(p.q.data) + p.q.offset(sequence, head) + q * p.q.row_stride;
-    Real* to = group.q + i * group.q_lane_step;
-    for (int d = 0; d < p.head_dim; ++d) to[d * group.column_step] = widen(row[d]) * scale;
-  });
+    for (int x = 0; x < count; ++x) to[x] = widen(row[d + x]) * scale;
+  };
+  if (group.q_lane_step == 1) {
+    transpose_rows(queries.count(), p.head_dim, group.column_step, group.q, read);
+  } else {
+    std::memset(group.q, 0, sizeof(Real) * kFewQueries * group.q_lane_step);
+    for (int i = 0; i < queries.count(); ++i) {
+      read(i, 0, p.head_dim, group.q + i * group.q_lane_step);
+    }
+  }
+  std::memset(group.o, 0, sizeof(Real) * kGroupQueries * whole_vectors(p.head_dim_v));
   for (int i = 0; i < kGroupQueries; ++i) {
     group.row_max[i] = -kInfinity;
     group.row_sum[i] = 0;

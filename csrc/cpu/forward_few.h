@@ -13,24 +13,13 @@ namespace {
 
 constexpr int kFewQueries = kLanes < 4 ? kLanes : 4;
 
-/// Where a step of sum_rows takes lane `lane` from, out of a (0 ... kLanes - 1) and b.
-template <int kStride>
-FLASH_INLINE IntVector merge_indices(int half) {
-  IntVector from{};
-  FLASH_UNROLL
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const bool of_b = lane & kStride;
-    from[lane] = (lane & ~kStride) + half * kStride + (of_b ? kLanes : 0);
-  }
-  return from;
-}
 /// sums[l] = sum of the lanes of x[l], every one by the same tree of additions; destroys x.
 template <int kStride = 1, int kCount = kLanes>
 FLASH_INLINE Vector sum_rows(Vector (&x)[kLanes]) {
   if constexpr (kCount == 1) {
     return x[0];
   } else {
-    const IntVector low = merge_indices<kStride>(0), high = merge_indices<kStride>(1);
+    const IntVector low = exchange_indices(kStride, 0), high = exchange_indices(kStride, 1);
     FLASH_UNROLL
     for (int i = 0; i < kCount / 2; ++i) {
       const Vector a = x[2 * i], b = x[2 * i + 1];

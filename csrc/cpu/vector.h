@@ -124,6 +124,33 @@ FLASH_INLINE Real sum_of_lanes(Vector x) {
   return sum;
 }
 
+/// What __builtin_shuffle(a, b, .) exchanges between a and b: with half = 0, lanes whose number has
+/// not the bit `stride` come from a and the others from the place `stride` lower in b; with half =
+/// 1 from the places `stride` higher than that.
+FLASH_INLINE IntVector exchange_indices(int stride, int half) {
+  IntVector from{};
+  FLASH_UNROLL
+  for (int lane = 0; lane < kLanes; ++lane) {
+    from[lane] = (lane & ~stride) + half * stride + (lane & stride ? kLanes : 0);
+  }
+  return from;
+}
+/// x[r][c] <-> x[c][r]
+template <int kStride = 1>
+FLASH_INLINE void transpose(Vector (&x)[kLanes]) {
+  if constexpr (kStride < kLanes) {
+    const IntVector low = exchange_indices(kStride, 0), high = exchange_indices(kStride, 1);
+    FLASH_UNROLL
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & kStride) continue;
+      const Vector a = x[i], b = x[i + kStride];
+      x[i] = __builtin_shuffle(a, b, low);
+      x[i + kStride] = __builtin_shuffle(a, b, high);
+    }
+    transpose<kStride * 2>(x);
+  }
+}
+
 /// One scalar from memory in every lane. On AVX-512 gcc prefers to fold the broadcast into each
 /// multiply that uses it: as many loads as vectors instead of one per row of a tile. The empty asm
 /// forces the value into a register first.
