@@ -32,6 +32,7 @@ struct Step {
   int k_begin;
   Range rows, keys;
   Pairs pairs;
+  bool covers_all;  ///< rows and keys are all there are
 };
 
 void wait_for_turn(const int32_t* blocks_done, int block) {
@@ -71,6 +72,8 @@ bool meet(const KvHead& head, const Chunk& chunk, int block, Step& step) {
   }
   if (head.variant == Variant::kGeneral) step.pairs = Pairs::kGeneral;
   step.keys = {larger(any.begin, k_begin) - k_begin, smaller(any.end, k_end) - k_begin};
+  step.covers_all = step.rows.begin == 0 && step.rows.end == chunk.rows && step.keys.begin == 0 &&
+                    step.keys.end == k_end - k_begin;
   return true;
 }
 
@@ -105,6 +108,16 @@ FLASH_NOINLINE void weigh_plain_pairs(const KvHead& head, const Step& step, Real
   }
 }
 
+/// Clears the part of dbias that is a chunk's and a block's own, before what they keep is written.
+void clear_bias_block(const KvHead& head, const Chunk& chunk, int n) {
+  const int k_begin = n * kBlockKeys, bytes = element_bytes(head.bias.dtype);
+  const int64_t width = smaller(kBlockKeys, head.mask.seqlen_k - k_begin);
+  for (int i = 0; i < chunk.rows; ++i) {
+    const int64_t at =
+        k_begin + head.bias.row(head.batch, head.query_head(chunk.head), chunk.first_row + i);
+    std::memset(static_cast<char*>(head.bias.data) + at * bytes, 0, width * bytes);
+  }
+}
 /// Adds one row of dS to the gradient of the bias.
 void add_bias_row(const BiasGradient& bias, int64_t at, Range keys, const Real* ds) {
   if (!bias.sums) {
@@ -119,8 +132,9 @@ void add_bias_row(const BiasGradient& bias, int64_t at, Range keys, const Real* 
 FLASH_NOINLINE Real weigh_general_pairs(const KvHead& head, const Step& step, PairRow& row,
                                         Real* row_sums, Real* p, Real* ds) {
   const ForwardParams& params = head.task.p;
-  const ScoreMod& mod = params.features.score_mod;
+  const ScoreMod mod = params.features.score_mod;  // a copy: the loop's stores cannot change it
   const int h = head.query_head(step.chunk.head);
+  const bool of_weights = head.task.of_weights();
   const bool has_dropout = params.features.dropout.enabled();
   const bool adds_bias = head.bias.data && !head.bias.over_keys;
   const Vector scale = splat(Real(params.softmax_scale));
@@ -129,23 +143,23 @@ FLASH_NOINLINE Real weigh_general_pairs(const KvHead& head, const Step& step, Pa
   Vector slope_sum = splat(0);
   for (int i = step.rows.begin; i < step.rows.end; ++i) {
     const int q = step.chunk.first_row + i;
+    const Real lse = step.chunk.lse[i];
     const Vector delta = splat(step.chunk.delta[i]);
     Vector row_sum = splat(0);
     alignas(64) Real score_gradient[kBlockKeys];
-    lanes.enter_row(q);
+    const KeyRow keys = lanes.enter_row(q, lse);
     for (int j = begin; j < step.keys.end; j += kLanes) {
       const int64_t at = i * kScorePitch + j;
-      const WeightVector w = lanes.weigh(j, load(p + at), step.chunk.lse[i],
-                                         /*lse_is_theirs=*/!head.task.of_weights());
+      const WeightVector w = keys.weigh(mod, j, load(p + at), lse, !of_weights);
       Vector weight = w.weight, dp = load(ds + at);
       if (has_dropout) {
-        const Vector factor = lanes.dropout_factor(j);
+        const Vector factor = keys.dropout_factor(j);
         weight = select(w.dropped, splat(0), weight * factor);
         dp *= factor;
       }
       const Vector gradient = select(w.dropped, splat(0), w.weight * (dp - delta));
       row_sum += gradient;
-      if (mod.alibi_slopes) slope_sum -= gradient * lanes.distance(j);
+      if (mod.alibi_slopes) slope_sum -= gradient * keys.distance(j);
       if (adds_bias) store(score_gradient + j, gradient);
       store(p + at, weight);
       store(ds + at, mod.backward(gradient, w.slope) * scale);
@@ -280,10 +294,11 @@ void run_block(const KvHead& head, int n, KeyBlock& block) {
   for (int g = 0; g < head.task.p.gqa_ratio(); ++g) {
     Real slope_sum = 0;
     for (int c = scratch.num_chunks - 1; c >= 0; --c) {
+      const Chunk chunk = scratch.chunk(g, c, head.mask.seqlen_q);
       Step step;
-      if (meet(head, scratch.chunk(g, c, head.mask.seqlen_q), n, step)) {
-        slope_sum += run_step(head, n, step, block);
-      }
+      const bool is_met = meet(head, chunk, n, step);
+      if (head.bias.clears_blocks && !(is_met && step.covers_all)) clear_bias_block(head, chunk, n);
+      if (is_met) slope_sum += run_step(head, n, step, block);
     }
     scratch.slope_sums[int64_t(g) * scratch.num_blocks + n] = slope_sum;
   }

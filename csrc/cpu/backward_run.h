@@ -217,7 +217,8 @@ class BackwardRun {
 
   void clear_sums() {
     const int64_t heads = int64_t(task_.p.batch) * task_.p.num_heads;
-    if (bias_.data) std::memset(bias_.data, 0, bias_.size * element_bytes(bias_.dtype));
+    if (bias_.data && !bias_.clears_blocks)
+      std::memset(bias_.data, 0, bias_.size * element_bytes(bias_.dtype));
     if (bias_.needs_sums()) std::memset(bias_.sums, 0, bias_.size * sizeof(Real));
     if (task_.dslopes) std::memset(slope_sums_, 0, heads * sizeof(Real));
     if (task_.dsink) std::memset(sink_sums_, 0, heads * sizeof(Real));

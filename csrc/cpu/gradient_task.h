@@ -42,8 +42,10 @@ struct BiasGradient {
   void* data = nullptr;  ///< null: not wanted
   Real* sums = nullptr;  ///< null: nothing broadcasts
   int64_t stride[4] = {}, size = 0;
-  bool over_heads = false;  ///< heads or sequences share elements: one kv head after the other
-  bool over_keys = false;   ///< an element is a sum along a row of dS
+  bool is_shared = false;      ///< some element belongs to more than one pair
+  bool clears_blocks = false;  ///< whoever has a block of pairs clears what it does not write
+  bool over_heads = false;     ///< heads or sequences share elements: one kv head after the other
+  bool over_keys = false;      ///< an element is a sum along a row of dS
 
   static BiasGradient of(const GradientTask& task) {
     BiasGradient g{.dtype =
@@ -60,16 +62,18 @@ struct BiasGradient {
     }
     g.over_heads = shared[0] || shared[1];
     g.over_keys = shared[3];
-    if (g.sums_in_place()) g.sums = static_cast<Real*>(g.data);
+    g.is_shared = shared[0] || shared[1] || shared[2] || shared[3];
+    if (g.is_shared && element_bytes(g.dtype) == int(sizeof(Real))) {
+      g.sums = static_cast<Real*>(g.data);
+    }
+    // Pairs beyond the length of a sequence are nobody's.
+    const SequenceLayout &q = task.p.q_layout, &k = task.p.k_layout;
+    const bool is_ragged = q.packed() || k.packed() || q.seqused || k.seqused;
+    g.clears_blocks = !g.is_shared && !is_ragged;
     return g;
   }
-  /// Whether the tensor itself can hold the sums.
-  bool sums_in_place() const { return element_bytes(dtype) == int(sizeof(Real)); }
-  bool needs_sums() const {
-    int64_t dense = 1;
-    for (int64_t s : stride) dense *= s;
-    return data && !sums_in_place() && dense == 0;
-  }
+  /// Whether the tensor cannot hold the sums itself.
+  bool needs_sums() const { return is_shared && element_bytes(dtype) != int(sizeof(Real)); }
   int64_t row(int batch, int head, int q) const {
     return batch * stride[0] + head * stride[1] + q * stride[2];
   }

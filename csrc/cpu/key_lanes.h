@@ -39,7 +39,8 @@ FLASH_INLINE Vector not_above_zero(Vector x) { return select(x > splat(0), splat
 /// Rows of queries that one set of dropout decisions covers (dropout.h).
 constexpr int kDropoutRows = 16;
 
-/// What one query, and for dropout the kDropoutRows around it, knows of a block of keys.
+/// Scratch: bias, mask and dropout of one query, for dropout of the kDropoutRows around it, with a
+/// block of keys.
 struct PairRow {
   alignas(64) Real bias[kBlockKeys];
   alignas(64) Int kept[kBlockKeys];                    ///< of the bool mask: -1 or 0
@@ -50,6 +51,49 @@ struct PairRow {
 struct WeightVector {
   Vector weight, slope;
   IntVector dropped;
+};
+
+/// One query's view of a block of keys; a few numbers, to be kept in registers.
+struct KeyRow {
+  const Real *bias, *factor;  ///< of PairRow
+  const Int* kept;
+  Int key_begin,
+      key_end;  ///< the interval that the query keeps, counted from the block's first key
+  Real offset;  ///< position of the query from the block's first key
+  Real alibi_slope;
+
+  /// From softmax_scale q.k of the keys [j, j + kLanes) of the block to exp(score - lse). With the
+  /// lse of these very scores that is at most 1, whatever the rounding of huge ones says.
+  FLASH_HOST_DEVICE WeightVector weigh(const ScoreMod& mod, int j, Vector s, Real lse,
+                                       bool lse_is_theirs) const {
+    const ModifiedScore<Number> modified = mod.forward<Real>(Number{s}, Place{*this, j});
+    const IntVector index = lane_numbers() + Int(j);
+    IntVector dropped = (index < key_begin) | (index >= key_end);
+    if (mod.mask.data) dropped |= load(kept + j) == 0;
+    // -inf + NaN would not be -inf: a key that its bias drops may hold anything.
+    if (mod.bias.data) dropped |= load(bias + j) == splat(-kInfinity);
+    const Vector exponent = (modified.score.x - splat(lse)) * splat(kLog2E);
+    const Vector weight = exp2_of(lse_is_theirs ? not_above_zero(exponent) : exponent);
+    return {select(dropped, splat(0), weight), select(dropped, splat(1), modified.slope.x),
+            dropped};
+  }
+  /// keep / (1 - p) of dropout.
+  FLASH_HOST_DEVICE Vector dropout_factor(int j) const { return load(factor + j); }
+  /// |q + diagonal_offset - k|
+  FLASH_HOST_DEVICE Vector distance(int j) const {
+    return abs_of(splat(offset - Real(j)) - lane_index());
+  }
+
+  struct Place {
+    const KeyRow& row;
+    int j;
+    FLASH_HOST_DEVICE Number bias() const { return {load(row.bias + j)}; }
+    FLASH_HOST_DEVICE Number distance() const { return {row.distance(j)}; }
+    FLASH_HOST_DEVICE Real slope() const { return row.alibi_slope; }
+    FLASH_HOST_DEVICE Number dropped(Number s) const {
+      return {select(load(row.kept + j), s.x, splat(-kInfinity))};
+    }
+  };
 };
 
 /// The pairs of one query head with a block of keys, row by row.
@@ -68,56 +112,25 @@ class KeyLanes {
     }
   }
 
-  /// Reads what belongs to row q. Rows are entered in ascending order, from a multiple of
-  /// kDropoutRows on if dropout is enabled.
-  void enter_row(int q) {
+  /// Reads what belongs to row q, whose lse is given: a row with an infinite one keeps nothing.
+  /// Rows are entered in ascending order, from a multiple of kDropoutRows on if dropout is enabled.
+  KeyRow enter_row(int q, Real lse) {
     const Features& features = p_.features;
-    position_ = Real(q + diagonal_);
-    key_begin_ = Int(larger(mask_.key_begin(q) - k_begin_, 0));
-    key_end_ = Int(smaller(mask_.key_end(q) - k_begin_, kBlockKeys));
+    const bool is_empty = lse == kInfinity || lse == -kInfinity;
     read_bias(features.score_mod, q);
     read_mask(features.score_mod, q);
-    if (features.dropout.enabled()) {
-      if (q % kDropoutRows == 0) read_dropout(features.dropout, q);
-      factor_ = row_.factor + q % kDropoutRows * kBlockKeys;
-    }
+    if (features.dropout.enabled() && q % kDropoutRows == 0) read_dropout(features.dropout, q);
     entered_ = true;
-  }
-  /// From softmax_scale q.k of the keys [j, j + kLanes) of the block to exp(score - lse). With the
-  /// lse of these very scores that is at most 1, whatever the rounding of huge ones says.
-  FLASH_HOST_DEVICE WeightVector weigh(int j, Vector s, Real lse, bool lse_is_theirs) const {
-    const ScoreMod& mod = p_.features.score_mod;
-    const ModifiedScore<Number> modified = mod.forward<Real>(Number{s}, Place{*this, j});
-    const IntVector index = lane_numbers() + Int(j);
-    IntVector dropped = (index < key_begin_) | (index >= key_end_);
-    if (mod.mask.data) dropped |= load(row_.kept + j) == 0;
-    // -inf + NaN would not be -inf: a key that its bias drops may hold anything.
-    if (mod.bias.data) dropped |= load(row_.bias + j) == splat(-kInfinity);
-    if (lse == kInfinity || lse == -kInfinity) dropped |= -1;
-    const Vector exponent = (modified.score.x - splat(lse)) * splat(kLog2E);
-    const Vector weight = exp2_of(lse_is_theirs ? not_above_zero(exponent) : exponent);
-    return {select(dropped, splat(0), weight), select(dropped, splat(1), modified.slope.x),
-            dropped};
-  }
-  /// keep / (1 - p) of dropout.
-  FLASH_HOST_DEVICE Vector dropout_factor(int j) const { return load(factor_ + j); }
-  /// |q + diagonal_offset - k|
-  FLASH_HOST_DEVICE Vector distance(int j) const {
-    return abs_of(splat(position_ - Real(k_begin_ + j)) - lane_index());
+    return {.bias = row_.bias,
+            .factor = row_.factor + q % kDropoutRows * kBlockKeys,
+            .kept = row_.kept,
+            .key_begin = Int(larger(mask_.key_begin(q) - k_begin_, 0)),
+            .key_end = is_empty ? Int(0) : Int(smaller(mask_.key_end(q) - k_begin_, kBlockKeys)),
+            .offset = Real(q + diagonal_ - k_begin_),
+            .alibi_slope = alibi_slope_};
   }
 
  private:
-  struct Place {
-    const KeyLanes& lanes;
-    int j;
-    FLASH_HOST_DEVICE Number bias() const { return {load(lanes.row_.bias + j)}; }
-    FLASH_HOST_DEVICE Number distance() const { return {lanes.distance(j)}; }
-    FLASH_HOST_DEVICE Real slope() const { return lanes.alibi_slope_; }
-    FLASH_HOST_DEVICE Number dropped(Number s) const {
-      return {select(load(lanes.row_.kept + j), s.x, splat(-kInfinity))};
-    }
-  };
-
   void read_bias(const ScoreMod& mod, int q) {
     if (!mod.bias.data || (entered_ && mod.bias.q_stride == 0)) return;
     const int64_t at = mod.bias.offset({batch_, head_, q, k_begin_});
@@ -162,9 +175,7 @@ class KeyLanes {
   const IntervalMask& mask_;
   int batch_, head_, k_begin_, num_keys_ = 0, diagonal_ = 0;
   PairRow& row_;
-  Real alibi_slope_ = 0, position_ = 0;
-  Int key_begin_ = 0, key_end_ = 0;
-  const Real* factor_ = nullptr;
+  Real alibi_slope_ = 0;
   bool entered_ = false;
 };
 

@@ -71,12 +71,13 @@ void add_head_weights(const WeightsUnit& unit, int h, int k_begin, Real factor, 
   const bool has_dropout = p.features.dropout.enabled();
   KeyLanes lanes(p, unit.mask, unit.batch, h, k_begin, tile.row);
   for (int i = 0; i < unit.rows; ++i) {
-    lanes.enter_row(unit.q_begin + i);
+    const Real row_lse = lse[unit.q_begin + i];
+    const KeyRow row = lanes.enter_row(unit.q_begin + i, row_lse);
     for (int j = 0; j < kBlockKeys; j += kLanes) {
-      const WeightVector w = lanes.weigh(j, load(tile.score(i, j)), lse[unit.q_begin + i],
-                                         /*lse_is_theirs=*/false);
+      const WeightVector w = row.weigh(p.features.score_mod, j, load(tile.score(i, j)), row_lse,
+                                       /*lse_is_theirs=*/false);
       Vector weight = w.weight * splat(factor);
-      if (has_dropout) weight = select(w.dropped, splat(0), weight * lanes.dropout_factor(j));
+      if (has_dropout) weight = select(w.dropped, splat(0), weight * row.dropout_factor(j));
       Real* sum = tile.sums + i * kBlockKeys + j;
       store(sum, load(sum) + weight);
     }

@@ -44,7 +44,7 @@ void check_gradient(const char* name, const std::vector<double>& got,
                     const ForwardCase& c, uint64_t seed, double terms = 1) {
   double largest = terms / (c.dropout_p < 1 ? 1 - c.dropout_p : 1);
   for (double x : expected) largest = std::fmax(largest, std::fabs(x));
-  const double scores = 40 * (1 + c.magnitude * c.magnitude);
+  const double scores = 40 * (1 + c.magnitude * c.magnitude) * std::fmax(1, std::sqrt(c.dv) / 2);
   const double rounding_of_out =
       element_bytes(dtype) > 2 ? 0 : roundoff(dtype) * std::fmax(1, std::sqrt(c.dv) / 4);
   const double sums =
@@ -76,7 +76,8 @@ void check_case(const ForwardCase& c, bool with_dlse, uint64_t seed, int threads
                    std::sqrt(summed));
   }
   if (c.alibi)
-    check_gradient("dslopes", got.dslopes, expected.dslopes, acc, c.dtype, c, seed, c.sq + c.sk);
+    check_gradient("dslopes", got.dslopes, expected.dslopes, acc, c.dtype, c, seed,
+                   (c.sq + c.sk) * std::sqrt(1.0 + c.sq));
   if (c.sink) check_gradient("dsink", got.dsink, expected.dsink, acc, c.dtype, c, seed);
 }
 
