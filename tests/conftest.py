@@ -97,9 +97,12 @@ class Backend:
         ops = torch.ops.flash_attn
         given = [*tensors, *features.values()]
         backward = any(isinstance(t, torch.Tensor) and t.requires_grad for t in given)
-        reasons = ops._why_unsupported(*tensors, **features, backend=self.name, backward=backward)
-        if reasons:
-            pytest.skip(f"{self.name}: " + "; ".join(reasons))
+        for direction in {False, backward}:
+            reasons = ops._why_unsupported(
+                *tensors, **features, backend=self.name, backward=direction
+            )
+            if reasons:
+                pytest.skip(f"{self.name}: " + "; ".join(reasons))
         with self.use():
             return ops.attention(*tensors, **features, deterministic=deterministic)
 

@@ -67,8 +67,8 @@ MaskSpec mask_spec(const Inputs& in) {
 }
 
 Dropout dropout_of(const Inputs& in) {
-  if (in.dropout_p == 0) return {};
   const double keep = 1 - in.dropout_p;
+  if (keep == 1) return {};  // 1e-30 is how some ask for the lse: no bit may change
   return {.rng_state = in.rng_state.const_data_ptr<int64_t>(),
           .threshold = uint32_t(std::lround(keep * 65536)),
           .scale = keep > 0 ? 1 / keep : 0};

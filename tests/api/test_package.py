@@ -66,8 +66,15 @@ def import_a_copy(tmp_path, change):
     copy = tmp_path / "flash_attn"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     change(copy)
+    # An editable install of the package would lend the copy what it lacks: its path is extended.
+    program = (
+        "import sys\n"
+        f"sys.path = [p for p in sys.path if p != {str(PACKAGE.parent)!r}]\n"
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in f.__module__]\n"
+        "import flash_attn"
+    )
     result = subprocess.run(
-        [sys.executable, "-c", "import flash_attn"], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False,
         cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     return result.returncode, result.stderr.strip().splitlines()[-1] if result.stderr else ""

@@ -99,11 +99,12 @@ def test_everything_dropped(backend, poisoned):
 
 
 def test_lse_is_before_dropout(backend):
+    """To rounding: a call with dropout may be a kernel of its own."""
     make = lambda: torch.randn(2, 2, 70, 64, dtype=torch.float16, device=backend.device)  # noqa: E731
     q, k, v = make(), make(), make()
     _, without = backend.attention(q, k, v)
     _, dropped = backend.attention(q, k, v, rng_state=rng_state(backend.device), dropout_p=0.5)
-    assert torch.equal(without, dropped)
+    torch.testing.assert_close(without, dropped, rtol=2**-22, atol=2**-22)
 
 
 def test_keep_fraction(backend):
