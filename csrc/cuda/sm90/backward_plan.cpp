@@ -8,11 +8,6 @@
 namespace flash::cuda::sm90 {
 namespace {
 
-bool is_causal(const BackwardParams& p) {
-  return p.mask.window_right < IntervalMask::kUnbounded &&
-         p.mask.window_left >= IntervalMask::kUnbounded;
-}
-
 BackwardRow choose_row(const BackwardParams& p) {
   const int length = p.k_layout.max;
   if (backward_head_dim(p) == 64)

@@ -10,11 +10,6 @@
 
 namespace flash::cuda::sm90 {
 
-inline bool is_causal(const ForwardParams& p) {
-  return p.mask.window_right < IntervalMask::kUnbounded &&
-         p.mask.window_left >= IntervalMask::kUnbounded;
-}
-
 /// Causal tiles differ in work: heavy first, from a counter, in sections of heads. Sections of 4 MB
 /// of K and V gain up to 12 % at 512 tokens and lose beyond 1k; 48 MB gain 2-11 % from 2k.
 template <class Traits>

@@ -46,6 +46,11 @@ std::vector<std::string> why_unsupported(const ForwardParams& p, int bucket, int
 
 }  // namespace
 
+bool is_causal(const ForwardParams& p) {
+  return p.mask.window_right < IntervalMask::kUnbounded &&
+         p.mask.window_left >= IntervalMask::kUnbounded;
+}
+
 int forward_head_dim(const ForwardParams& p) { return smallest_bucket(p, {64, 96, 128, 192, 256}); }
 int backward_head_dim(const ForwardParams& p) { return smallest_bucket(p, {64, 128}); }
 

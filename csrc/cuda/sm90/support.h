@@ -17,6 +17,9 @@ std::vector<std::string> why_backward_unsupported(const ForwardParams& p);
 /// Whether dout and the gradients start and step at multiples of 16 bytes.
 bool gradients_are_aligned(const BackwardParams& p);
 
+/// Late rows see more keys than early ones: tiles differ in work.
+bool is_causal(const ForwardParams& p);
+
 /// Smallest compiled head dim that holds both; 0: none. Forward: 64, 96, 128, 192, 256; backward:
 /// 64, 128.
 int forward_head_dim(const ForwardParams& p);
