@@ -54,6 +54,7 @@ class Truth:
     max_score: float
     size: dict[str, float]  # of the terms that a result is a sum of
     delta_noise: float  # standard deviation of delta by the rounding of out, bounded
+    delta_noise_of_keys: float  # the same of sum_i P_ij delta_i over the rows i of a key, largest
 
 
 def run(operator, inputs, needs=None, grads=True, **more):
@@ -88,6 +89,7 @@ def truth(case, dtype_name, device):
         max_score=max_score,
         size=sizes,
         delta_noise=delta_noise(ref.out, exact.dout) * UNIT[inputs.dtype],
+        delta_noise_of_keys=delta_noise_of_keys(exact, ref.out) * UNIT[inputs.dtype],
     )
 
 
@@ -123,6 +125,30 @@ def natural_sizes(inputs):
 def delta_noise(out, dout):
     products = (out * dout)[out.isfinite() & dout.isfinite()]
     return products.square().mean().mul(out.shape[-1]).sqrt().item() if products.numel() else 0.0
+
+
+def delta_noise_of_keys(inputs, out):
+    """A row's error of delta enters key j times P_ij; the rows of all its heads are independent:
+    sqrt(sum_i P_ij^2 n_i^2), n_i^2 = sum_c (O dO)_ic^2. P is the output of values that are 1 at
+    their own key, without dropout, as delta is multiplied by the P before it.
+    """
+    k = inputs.tensors["k"]
+    if not k.numel() or not out.numel():
+        return 0.0
+    packed = "cu_seqlens_q" in inputs.tensors
+    keys = k.shape[0 if packed else -2]
+    one_hot = torch.eye(keys, dtype=k.dtype, device=k.device)
+    values = one_hot[:, None] if packed else one_hot
+    tensors = inputs.tensors | {"v": values.expand(*k.shape[:-1], keys)}
+    tensors.pop("rng_state", None)
+    options = inputs.options | {"dropout_p": 0.0}
+    plain = dataclasses.replace(inputs, tensors=tensors, options=options)
+    weights = run(reference.attention, plain, grads=False).out.nan_to_num(0)
+    noise = (out * inputs.dout).nan_to_num(0, 0, 0).square().sum(-1, keepdim=True)
+    by_head = (weights.square() * noise).sum(0 if packed else -2)  # (..., Hq, keys)
+    heads_k = k.shape[1 if packed else -3]
+    groups = by_head.unflatten(-2, (heads_k, -1)).sum(-2)
+    return groups.max().sqrt().item()
 
 
 def reproduce():
@@ -193,7 +219,8 @@ def _delta_error(true, name, tensor):
     if name in ("q", "k"):
         other = inputs.tensors["k" if name == "q" else "q"].double().nan_to_num(0)
         root_mean_square = (other.square().sum() / max(other.numel(), 1)).sqrt().item()
-        return 2 * true.delta_noise * abs(inputs.options["scale"]) * root_mean_square
+        noise = true.delta_noise if name == "q" else max(true.delta_noise, true.delta_noise_of_keys)
+        return 2 * noise * abs(inputs.options["scale"]) * root_mean_square
     rows = inputs.dlse.numel() / tensor.numel() * (tensor.shape[-1] if tensor.dim() == 4 else 1)
     weight = 1.0
     if name == "alibi_slopes":  # the mean distance, about a third of the length
