@@ -44,7 +44,9 @@ void check_gradient(const char* name, const std::vector<double>& got,
                     const ForwardCase& c, uint64_t seed, double terms = 1) {
   double largest = terms / (c.dropout_p < 1 ? 1 - c.dropout_p : 1);
   for (double x : expected) largest = std::fmax(largest, std::fabs(x));
-  const double scores = 40 * (1 + c.magnitude * c.magnitude) * std::fmax(1, std::sqrt(c.dv) / 2);
+  // A score rounds by its size, which ALiBi makes the distance at most.
+  const double scores = 40 * (1 + c.magnitude * c.magnitude) * std::fmax(1, std::sqrt(c.dv) / 2) +
+                        (c.alibi ? 2 * (c.sq + c.sk) : 0);
   const double rounding_of_out =
       element_bytes(dtype) > 2 ? 0 : roundoff(dtype) * std::fmax(1, std::sqrt(c.dv) / 4);
   const double sums =
@@ -77,8 +79,10 @@ void check_case(const ForwardCase& c, bool with_dlse, uint64_t seed, int threads
   }
   if (c.alibi)
     check_gradient("dslopes", got.dslopes, expected.dslopes, acc, c.dtype, c, seed,
-                   (c.sq + c.sk) * std::sqrt(1.0 + c.sq));
-  if (c.sink) check_gradient("dsink", got.dsink, expected.dsink, acc, c.dtype, c, seed);
+                   (c.sq + c.sk) * std::sqrt(1.0 + double(c.batch) * c.sq));
+  if (c.sink)
+    check_gradient("dsink", got.dsink, expected.dsink, acc, c.dtype, c, seed,
+                   std::fmax(1, 0.25 * std::sqrt(double(c.batch) * c.sq)));
 }
 
 struct Choice {
