@@ -99,12 +99,13 @@ def test_everything_dropped(backend, poisoned):
 
 
 def test_lse_is_before_dropout(backend):
-    """To rounding: a call with dropout may be a kernel of its own."""
+    """On tensor cores to rounding: a call with dropout is a kernel of its own there."""
     make = lambda: torch.randn(2, 2, 70, 64, dtype=torch.float16, device=backend.device)  # noqa: E731
     q, k, v = make(), make(), make()
     _, without = backend.attention(q, k, v)
     _, dropped = backend.attention(q, k, v, rng_state=rng_state(backend.device), dropout_p=0.5)
-    torch.testing.assert_close(without, dropped, rtol=2**-22, atol=2**-22)
+    bits = 2**-22 if backend.name.startswith("sm") else 0
+    torch.testing.assert_close(without, dropped, rtol=bits, atol=bits)
 
 
 def test_keep_fraction(backend):

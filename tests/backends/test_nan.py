@@ -121,8 +121,11 @@ def test_attended_query(backend, poisoned, make, bad):
     assert out[1, 2, 17].isnan().all() and lse[1, 2, 17].isnan()
     others = torch.ones(BATCH, HEADS, SIZE_Q, dtype=torch.bool)
     others[1, 2, 17] = False
-    for index, got in ((0, out), (1, lse)):  # a tile with such a row may be computed more carefully
-        assert_unaffected(clean[index][others], got[others])
+    for index, got in ((0, out), (1, lse)):
+        if backend.name.startswith("sm"):  # a tile with such a row takes the longer exponent
+            assert_unaffected(clean[index][others], got[others])
+        else:
+            assert equal_bits(clean[index][others], got[others])
     assert dq[1, 2, 17].isnan().all() and dk[1, 2].isnan().all() and dv[1, 2].isnan().all()
     assert equal_bits(clean[3][:1], dk[:1]) and equal_bits(clean[4][1, :2], dv[1, :2])
 
@@ -177,8 +180,10 @@ def test_infinite_scores(backend, poisoned, make):
     keep = torch.ones(BATCH, HEADS, 1, SIZE_K, dtype=torch.bool, device=backend.device)
     keep[1, 1, :, 11] = False
     expected, expected_lse, *_ = forward_backward(backend, poisoned, q, k, v, dout, mask=keep)
-    assert_unaffected(expected[1, 1], out[1, 1])
-    assert_unaffected(expected_lse[1, 1], lse[1, 1])
+    # On tensor cores a tile with such a row takes the longer exponent.
+    close = assert_unaffected if backend.name.startswith("sm") else torch.testing.assert_close
+    close(out[1, 1], expected[1, 1])
+    close(lse[1, 1], expected_lse[1, 1])
 
 
 @pytest.mark.parametrize("equal", [True, False])
