@@ -78,7 +78,8 @@ template <DType kDType>
 void fill_gradient(const TensorView& view, const SequenceLayout& layout, int num_heads, int batch,
                    int width, void* stream) {
   if (view.data && leaves_rows(layout))
-    launch_fill_rows<kDType>(view, RowView{}, layout, num_heads, batch, width, stream);
+    launch_fill_rows<kDType>(view, RowView{}, layout, num_heads, batch, width, Fill::kUnowned,
+                             stream);
 }
 
 /// Where the parts of a backward's workspace lie, in bytes from its start.
@@ -142,7 +143,7 @@ void forward(const ForwardParams& p, const Launch& launch) {
   if (leaves_rows(p.q_layout))
     dispatch_dtype(p.dtype, [&]<DType kDType> {
       launch_fill_rows<kDType>(p.out, p.lse, p.q_layout, p.num_heads, p.batch, p.head_dim_v,
-                               launch.stream);
+                               Fill::kUnowned, launch.stream);
     });
   const KernelSpec spec = select(kArch, p, Direction::kForward);
   if constexpr (kArch == Arch::kSimt) {

@@ -9,10 +9,12 @@ namespace flash::cuda {
 
 // Kernels of every backend (common/), for each dtype.
 
-/// Rows 0, and -inf in lse if it has data: for rows that no sequence owns.
+enum class Fill : uint8_t { kUnowned, kAll };  ///< which rows: those that no sequence owns, or all
+
+/// Rows 0, and -inf in lse if it has data.
 template <DType kDType>
 void launch_fill_rows(const TensorView& view, const RowView& lse, const SequenceLayout& layout,
-                      int num_heads, int batch, int width, void* stream);
+                      int num_heads, int batch, int width, Fill fill, void* stream);
 template <DType kDType>
 void launch_backward_delta(const BackwardParams& p, const RowView& delta, void* stream);
 template <DType kDType, class Params>

@@ -61,10 +61,12 @@ OutAndLse forward(const Inputs& raw, const Device& device) {
   OutAndLse outputs = results;
   if (raw.v.size(-1) == 0) std::get<0>(outputs) = std::get<0>(empty_outputs(in));
   const bool no_keys = in.k.numel() == 0;
-  if (no_keys || in.ragged()) fill_without_keys(in, outputs);
   const bool nothing_to_run = no_keys && !(in.packed() && in.sink.defined() && in.k.size(1) > 0);
   const bool no_sequence = in.packed() && in.cu_seqlens_q.numel() == 1;
-  if (!nothing_to_run && !no_sequence) run(in, outputs, device);
+  const bool runs = !nothing_to_run && !no_sequence;
+  if (no_keys || (in.ragged() && !(runs && device.fills_unowned_rows())))
+    fill_without_keys(in, outputs);
+  if (runs) run(in, outputs, device);
   return results;
 }
 

@@ -7,7 +7,7 @@
 namespace flash::cuda {
 
 template void launch_fill_rows<DType::kBFloat16>(const TensorView&, const RowView&,
-                                                 const SequenceLayout&, int, int, int, void*);
+                                                 const SequenceLayout&, int, int, int, Fill, void*);
 template void launch_backward_delta<DType::kBFloat16>(const BackwardParams&, const RowView&, void*);
 template void launch_backward_bias<DType::kBFloat16>(const BackwardParams&, const RowView&, void*);
 template void launch_backward_slopes<DType::kBFloat16>(const BackwardParams&, const RowView&, void*,

@@ -7,7 +7,7 @@
 namespace flash::cuda {
 
 template void launch_fill_rows<DType::kFloat64>(const TensorView&, const RowView&,
-                                                const SequenceLayout&, int, int, int, void*);
+                                                const SequenceLayout&, int, int, int, Fill, void*);
 template void launch_backward_delta<DType::kFloat64>(const BackwardParams&, const RowView&, void*);
 template void launch_backward_bias<DType::kFloat64>(const BackwardParams&, const RowView&, void*);
 template void launch_backward_slopes<DType::kFloat64>(const BackwardParams&, const RowView&, void*,

@@ -228,7 +228,7 @@ void launch_backward(const BackwardParams& p, const RowView& delta, void* stream
     using Traits = KeyValueTraits<BackwardTraits<kDType, kPanel, kVariant, kCols>, DqSums::kAtomic>;
     if (may_add_dq<Traits>(p)) {
       launch_fill_rows<kDType>(p.dq, RowView{}, p.q_layout, p.num_heads, p.batch, p.head_dim,
-                               stream);
+                               Fill::kAll, stream);
       return launch_backward_kv<Traits>(p, delta, stream);
     }
   }
