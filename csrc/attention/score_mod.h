@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -59,8 +60,10 @@ struct ScoreMod {
   const void* alibi_slopes = nullptr;  ///< accumulation type, (num_heads) or (batch, num_heads)
   int64_t slopes_batch_stride = 0, slopes_head_stride = 0;
 
+  /// A comparison of bits: one of doubles costs a GPU as much as many scores.
+  FLASH_HOST_DEVICE bool has_softcap() const { return std::bit_cast<int64_t>(softcap) > 0; }
   FLASH_HOST_DEVICE bool enabled() const {
-    return softcap > 0 || bias.data || mask.data || alibi_slopes;
+    return has_softcap() || bias.data || mask.data || alibi_slopes;
   }
   template <class Real>
   FLASH_HOST_DEVICE Real slope_of(int batch, int head) const {
@@ -85,7 +88,7 @@ struct ScoreMod {
   template <class Real, class Number, class Place>
   FLASH_HOST_DEVICE ModifiedScore<Number> forward(Number s, const Place& at) const {
     ModifiedScore<Number> result{s, Number{} + Real(1)};
-    if (softcap > 0) result = softcap_score<Number, Real>(s, Real(softcap));
+    if (has_softcap()) result = softcap_score<Number, Real>(s, Real(softcap));
     if (bias.data) result.score = result.score + at.bias();
     if (alibi_slopes) result.score = result.score + alibi_term<Number>(at.slope(), at.distance());
     if (mask.data) result.score = at.dropped(result.score);
@@ -94,7 +97,7 @@ struct ScoreMod {
   /// dL/d(score) -> dL/d(softmax_scale q.k), with the slope that forward returned.
   template <class Number>
   FLASH_HOST_DEVICE Number backward(Number ds, Number slope) const {
-    return softcap > 0 ? ds * slope : ds;
+    return has_softcap() ? ds * slope : ds;
   }
 };
 

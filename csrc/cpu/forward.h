@@ -160,7 +160,7 @@ struct ScoreUnit {
   /// Where terms are added to scores. A bool mask alone is none, so that one that keeps everything
   /// changes no bit.
   static ScoreUnit of(const ScoreMod& mod) {
-    const bool natural = mod.softcap > 0 || mod.bias.data || mod.alibi_slopes;
+    const bool natural = mod.has_softcap() || mod.bias.data || mod.alibi_slopes;
     return natural ? ScoreUnit{kLog2E, 1, 1} : ScoreUnit{1, kLn2, kLog2E};
   }
 };

@@ -43,7 +43,7 @@ struct ScoreTile {
       exchange.update_in_loop([&](int i, int j, Real dot) {
         const TilePlace<Real> at = place(i, j);
         const Real weight = score.signed_weight(dot, at.q, at.k, at.kept, at.lse, slope);
-        if (score.features.score_mod.softcap > 0) slopes[j][threadIdx.x].x[i] = slope;
+        if (score.features.score_mod.has_softcap()) slopes[j][threadIdx.x].x[i] = slope;
         return weight;
       });
     }
@@ -55,7 +55,7 @@ struct ScoreTile {
     exchange.update([&](int i, int j, Real weight) {
       const Real ds = gradient(i, j, weight);
       if constexpr (kGeneral) {
-        if (score.features.score_mod.softcap > 0)
+        if (score.features.score_mod.has_softcap())
           return score.features.score_mod.backward(ds, slopes[j][threadIdx.x].x[i]);
       }
       return ds;
