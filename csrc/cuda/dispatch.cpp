@@ -156,7 +156,10 @@ void forward(const ForwardParams& p, const Launch& launch) {
     });
   } else {
     dispatch_value<64, 96, 128, 192, 256>("head_dim", spec.head_dim, [&]<int kHeadDim> {
-      sm90::launch_forward<kHeadDim>(p, launch.workspace, launch.stream);
+      dispatch_value<Variant::kPlain, Variant::kGeneral>(
+          "variant", spec.variant, [&]<Variant kVariant> {
+            sm90::launch_forward<kHeadDim, kVariant>(p, launch.workspace, launch.stream);
+          });
     });
   }
 }

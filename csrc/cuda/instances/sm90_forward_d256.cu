@@ -4,7 +4,7 @@
 namespace flash::cuda::sm90 {
 
 template <>
-void launch_forward<256>(const ForwardParams& p, void* workspace, void* stream) {
+void launch_forward<256, Variant::kPlain>(const ForwardParams& p, void* workspace, void* stream) {
   launch_forward_tile<256, TileD256>(p, workspace, stream);
 }
 

@@ -4,7 +4,7 @@
 namespace flash::cuda::sm90 {
 
 template <>
-void launch_forward<64>(const ForwardParams& p, void* workspace, void* stream) {
+void launch_forward<64, Variant::kPlain>(const ForwardParams& p, void* workspace, void* stream) {
   if (p.k_layout.max > 4096) return launch_forward_tile<64, TileD64Long>(p, workspace, stream);
   if (is_causal(p)) return launch_forward_tile<64, TileD64ShortCausal>(p, workspace, stream);
   launch_forward_tile<64, TileD64Short>(p, workspace, stream);

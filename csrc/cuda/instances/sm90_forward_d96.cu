@@ -4,7 +4,7 @@
 namespace flash::cuda::sm90 {
 
 template <>
-void launch_forward<96>(const ForwardParams& p, void* workspace, void* stream) {
+void launch_forward<96, Variant::kPlain>(const ForwardParams& p, void* workspace, void* stream) {
   launch_forward_tile<96, TileD96>(p, workspace, stream);
 }
 

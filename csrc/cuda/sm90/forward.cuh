@@ -4,7 +4,8 @@
 // Grid      min(tiles, SMs) CTAs of 1 + kMmaWarpgroups warpgroups; a tile is
 //           kBlockM = 64 kMmaWarpgroups query rows of one (head, batch).
 // Roles     warpgroup 0 gives its registers away: thread 0 loads Q, K, V by TMA,
-//           thread 32 stores O; the others each own 64 rows: forward_mma.cuh.
+//           thread 32 stores O; general variant: warp 2 cleans K and V, thread 96
+//           loads tiles of a bias or mask; the others each own 64 rows: forward_mma.cuh.
 // Shared    Q: kQueryStages, K and V: kStages each, in the 128-byte swizzle that TMA
 //           writes and wgmma reads; O leaves through its rows of Q.
 // Barriers  full[stage]: the bytes of a tile have arrived; empty[stage]: every warp is
@@ -34,6 +35,14 @@ FLASH_DEVICE void init_barriers(typename Traits::SharedStorage& shared) {
     ptx::mbarrier_init(&shared.k_empty[i], kMmaWarps);
     ptx::mbarrier_init(&shared.v_full[i], 1);
     ptx::mbarrier_init(&shared.v_empty[i], kMmaWarps);
+    ptx::mbarrier_init(&shared.k_clean[i], 1);
+    ptx::mbarrier_init(&shared.v_clean[i], 1);
+  }
+  if constexpr (Traits::kGeneral) {
+    for (int i = 0; i < Traits::kPairStages; ++i) {
+      ptx::mbarrier_init(&shared.pairs.full[i], 1);
+      ptx::mbarrier_init(&shared.pairs.empty[i], kMmaWarps);
+    }
   }
   ptx::mbarrier_init_fence();
 }
@@ -54,9 +63,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     ptx::shrink_registers<Traits::kLoadRegisters>();
     if (threadIdx.x == 0) load_tiles<Traits>(maps, p, schedule, shared);
     if (Traits::kStoresThroughQ && threadIdx.x == 32) store_tiles<Traits>(maps, shared);
+    if constexpr (Traits::kGeneral) {
+      if (threadIdx.x / 32 == 2 && has_unattended_keys(p)) clean_keys<Traits>(p, shared);
+      if (threadIdx.x == 96 && maps.pairs.kind != PairKind::kNone)
+        load_pairs<Traits>(maps.pairs, p, shared);
+    }
   } else {
     ptx::grow_registers<Traits::kMmaRegisters>();
-    ForwardMma<Traits>(p, shared, warpgroup - 1).run();
+    ForwardMma<Traits>(maps, p, shared, warpgroup - 1).run();
   }
 }
 

@@ -17,7 +17,7 @@ ForwardSchedule make_schedule(const ForwardParams& p, unsigned* counter) {
   ForwardSchedule schedule{};
   schedule.num_m_blocks = (p.q_layout.max + Traits::kBlockM - 1) / Traits::kBlockM;
   schedule.num_tiles = schedule.num_m_blocks * p.num_heads * p.batch;
-  schedule.heavy_first = is_causal(p);
+  schedule.heavy_first = is_causal(p) || is_ragged(p);
   schedule.next_tile = schedule.heavy_first ? counter : nullptr;
   const int64_t short_section = Traits::kHeadDim == 128 ? 1024 : 512;
   const int64_t section_bytes = int64_t{p.k_layout.max <= short_section ? 4 : 48} << 20;
@@ -35,25 +35,29 @@ void launch_forward_traits(const ForwardParams& p, void* workspace, void* stream
   if (schedule.next_tile)
     FLASH_CUDA_CHECK(
         cudaMemsetAsync(counter, 0, sizeof *counter, static_cast<cudaStream_t>(stream)));
-  const TensorShape q{p.batch, p.num_heads, p.q_layout.max, p.head_dim};
-  const TensorShape k{p.batch, p.num_heads_k, p.k_layout.max, p.head_dim};
-  const TensorShape v{p.batch, p.num_heads_k, p.k_layout.max, p.head_dim_v};
-  const TensorShape out{p.batch, p.num_heads, p.q_layout.max, p.head_dim_v};
-  const ForwardMaps maps{make_tensor_map(p.dtype, p.q, q, Traits::kBlockM),
-                         make_tensor_map(p.dtype, p.k, k, Traits::kBlockN),
-                         make_tensor_map(p.dtype, p.v, v, Traits::kBlockN),
-                         make_tensor_map(p.dtype, p.out, out, 64)};
+  const auto tensor = [&](const TensorView& view, const SequenceLayout& layout, int heads,
+                          int columns, int box_rows) {
+    return make_tma_tensor(p.dtype, view, layout, tensor_shape(p, layout, heads, columns),
+                           box_rows);
+  };
+  PairTiles pairs{};
+  if constexpr (Traits::kGeneral) pairs = make_pair_tiles(p, Traits::kBlockM, Traits::kBlockN);
+  const ForwardMaps maps{tensor(p.q, p.q_layout, p.num_heads, p.head_dim, Traits::kBlockM),
+                         tensor(p.k, p.k_layout, p.num_heads_k, p.head_dim, Traits::kBlockN),
+                         tensor(p.v, p.k_layout, p.num_heads_k, p.head_dim_v, Traits::kBlockN),
+                         tensor(p.out, p.q_layout, p.num_heads, p.head_dim_v, 64), pairs};
   launch(forward_kernel<Traits>, std::min(schedule.num_tiles, num_multiprocessors()),
          Traits::kThreads, sizeof(typename Traits::SharedStorage), stream, maps, p, schedule);
 }
 
 /// Element of the call; the rows of the tile table are the caller's choice.
-template <int kHeadDim, class Tile>
+template <int kHeadDim, class Tile, Variant kVariant = Variant::kPlain>
 void launch_forward_tile(const ForwardParams& p, void* workspace, void* stream) {
   if (p.dtype == DType::kBFloat16) {
-    launch_forward_traits<ForwardTraits<__nv_bfloat16, kHeadDim, Tile>>(p, workspace, stream);
+    launch_forward_traits<ForwardTraits<__nv_bfloat16, kHeadDim, Tile, kVariant>>(p, workspace,
+                                                                                  stream);
   } else {
-    launch_forward_traits<ForwardTraits<__half, kHeadDim, Tile>>(p, workspace, stream);
+    launch_forward_traits<ForwardTraits<__half, kHeadDim, Tile, kVariant>>(p, workspace, stream);
   }
 }
 

@@ -2,24 +2,34 @@
 // The two threads of the forward that move tiles: one loads Q, K, V, one stores O.
 #pragma once
 
+#include "cuda/common/pair_score.cuh"
+#include "cuda/sm90/pair_tiles.h"
 #include "cuda/sm90/scheduler.cuh"
 
 namespace flash::cuda::sm90 {
 
 struct ForwardMaps {
-  CUtensorMap q, k, v, out;  ///< coordinates (column, row, head, batch), boxes of 64 columns
+  TmaTensor q, k, v, out;  ///< boxes of 64 columns
+  PairTiles pairs;         ///< general variant
 };
 
-/// Rows [block * rows, + rows) of one head: kChunks copies, counted on `full`.
+/// Rows [block * rows, + rows) of one sequence and head: kChunks copies, counted on `full`.
 template <class Traits>
-FLASH_DEVICE void load_tile(const CUtensorMap& map, uint16_t* tile, uint64_t* full, int rows,
-                            int block, int head, int batch, uint64_t policy) {
+FLASH_DEVICE void load_tile(const TmaTensor& tensor, uint16_t* tile, uint64_t* full, int rows,
+                            TmaRow first, int block, int head, uint64_t policy) {
   ptx::mbarrier_expect_bytes(full, rows * Traits::kChunks * 128);
 #pragma unroll
   for (int c = 0; c < Traits::kChunks; ++c) {
-    ptx::tma_load_4d(shared_address(tile) + c * rows * 128, map, full, c * 64, block * rows, head,
-                     batch, policy);
+    ptx::tma_load_5d(shared_address(tile) + c * rows * 128, tensor.map, full, c * 64,
+                     first.row + block * rows, head, first.slice, tensor.wrap, policy);
   }
+}
+
+/// Blocks of keys that a tile visits, from the last to the first.
+template <class Traits>
+FLASH_DEVICE Range tile_key_blocks(const ForwardParams& p, const TileId& tile) {
+  const int row = tile.m_block * Traits::kBlockM;
+  return key_blocks<Traits::kBlockN>(p.mask_of(tile.q, tile.k), row, Traits::kBlockM).visit;
 }
 
 /// One thread. Per tile: Q and its TileId, then K(last), {K(n - 1), V(n)} ...: V follows K by one
@@ -30,14 +40,13 @@ FLASH_DEVICE void load_tiles(const ForwardMaps& maps, const ForwardParams& p,
                              const ForwardSchedule& schedule,
                              typename Traits::SharedStorage& shared) {
   Ring<Traits::kQueryStages> q_ring;
-  Ring<Traits::kStages> k_ring, v_ring;
-  const IntervalMask mask = p.mask.of(p.q_layout.max, p.k_layout.max);
+  Ring<Traits::kStages> ring;     // of K; V is one position behind
   int pauses = 0;                 // since the last tile
   ptx::wait_for_previous_grid();  // every access to global memory follows from a load below
 
   for (int index = blockIdx.x;;) {
     ptx::mbarrier_wait(&shared.q_empty[q_ring.stage], q_ring.parity ^ 1);
-    const int again = Traits::kStoresThroughQ ? shared.failed[q_ring.stage] : -1;
+    const int again = Traits::kMayRedo ? shared.failed[q_ring.stage] : -1;
     if (again < 0 && index >= schedule.num_tiles) {
       ptx::launch_next_grid();
       const bool stop = !Traits::kStoresThroughQ || pauses == Traits::kQueryStages - 1;
@@ -48,33 +57,35 @@ FLASH_DEVICE void load_tiles(const ForwardMaps& maps, const ForwardParams& p,
       q_ring.advance();
       continue;
     }
-    pauses = 0;
-    TileId tile = schedule.tile(again >= 0 ? again : index, p.num_heads);
+    const int now = again >= 0 ? again : index;
+    if (again < 0) index = schedule.after(index);
+    TileId tile = schedule.tile(now, p);
+    if (tile.m_block * Traits::kBlockM >= tile.q.length) continue;  // other sequences are longer
     if (again >= 0) {
       tile.index = ~again;
       shared.failed[q_ring.stage] = -1;
-    } else {
-      index = schedule.after(index);
     }
+    pauses = 0;
     shared.tile[q_ring.stage] = tile;
-    const int head_k = tile.head / p.gqa_ratio();
     load_tile<Traits>(maps.q, shared.q[q_ring.stage], &shared.q_full[q_ring.stage], Traits::kBlockM,
-                      tile.m_block, tile.head, tile.batch, ptx::kEvictFirst);
+                      maps.q.first_row(tile.q), tile.m_block, tile.head, ptx::kEvictFirst);
     q_ring.advance();
-    const Range blocks =
-        key_blocks<Traits::kBlockN>(mask, tile.m_block * Traits::kBlockM, Traits::kBlockM).visit;
+    const int head_k = tile.head / p.gqa_ratio();
+    const TmaRow k_first = maps.k.first_row(tile.k), v_first = maps.v.first_row(tile.k);
+    const Range blocks = tile_key_blocks<Traits>(p, tile);
     for (int n = blocks.end - 1; n >= blocks.begin - 1; --n) {
       if (n >= blocks.begin) {
-        ptx::mbarrier_wait(&shared.k_empty[k_ring.stage], k_ring.parity ^ 1);
-        load_tile<Traits>(maps.k, shared.k[k_ring.stage], &shared.k_full[k_ring.stage],
-                          Traits::kBlockN, n, head_k, tile.batch, ptx::kEvictLast);
-        k_ring.advance();
+        ptx::mbarrier_wait(&shared.k_empty[ring.stage], ring.parity ^ 1);
+        load_tile<Traits>(maps.k, shared.k[ring.stage], &shared.k_full[ring.stage], Traits::kBlockN,
+                          k_first, n, head_k, ptx::kEvictLast);
       }
-      if (n == blocks.end - 1) continue;
-      ptx::mbarrier_wait(&shared.v_empty[v_ring.stage], v_ring.parity ^ 1);
-      load_tile<Traits>(maps.v, shared.v[v_ring.stage], &shared.v_full[v_ring.stage],
-                        Traits::kBlockN, n + 1, head_k, tile.batch, ptx::kEvictLast);
-      v_ring.advance();
+      if (n < blocks.end - 1) {
+        const Ring<Traits::kStages> v_ring = ring.before();
+        ptx::mbarrier_wait(&shared.v_empty[v_ring.stage], v_ring.parity ^ 1);
+        load_tile<Traits>(maps.v, shared.v[v_ring.stage], &shared.v_full[v_ring.stage],
+                          Traits::kBlockN, v_first, n + 1, head_k, ptx::kEvictLast);
+      }
+      if (n >= blocks.begin) ring.advance();
     }
   }
 }
@@ -94,14 +105,16 @@ FLASH_DEVICE void store_tiles(const ForwardMaps& maps, typename Traits::SharedSt
       ring.advance();
       continue;
     }
+    const TmaRow first = maps.out.first_row(tile.q);
     for (int warpgroup = 0; warpgroup < Traits::kMmaWarpgroups; ++warpgroup) {
       ptx::mbarrier_wait(&shared.o_full[ring.stage][warpgroup], parities >> ring.stage & 1);
 #pragma unroll
       for (int c = 0; c < Traits::kChunks; ++c) {
-        ptx::tma_store_4d(
-            maps.out,
+        ptx::tma_store_5d(
+            maps.out.map,
             shared_address(shared.q[ring.stage]) + (c * Traits::kBlockM + warpgroup * 64) * 128,
-            c * 64, tile.m_block * Traits::kBlockM + warpgroup * 64, tile.head, tile.batch);
+            c * 64, first.row + tile.m_block * Traits::kBlockM + warpgroup * 64, tile.head,
+            first.slice, maps.out.wrap);
       }
       ptx::bulk_commit();
     }
@@ -114,6 +127,94 @@ FLASH_DEVICE void store_tiles(const ForwardMaps& maps, typename Traits::SharedSt
     parities ^= 1u << ring.stage;
     ring.advance();
   }
+}
+
+/// f(tile) for every tile, in the order of the load thread. The products of a tile must not be able
+/// to end before f has read it: only that keeps its stage from the next one.
+template <class Traits, class F>
+FLASH_DEVICE void follow_tiles(typename Traits::SharedStorage& shared, F&& f) {
+  Ring<Traits::kQueryStages> ring;
+  while (true) {
+    ptx::mbarrier_wait(&shared.q_full[ring.stage], ring.parity);
+    const TileId tile = shared.tile[ring.stage];
+    if (tile.m_block == TileId::kStop) return;
+    if (tile.m_block != TileId::kFinish) f(tile);
+    ring.advance();
+  }
+}
+
+/// Whether keys may have to be cleaned: a mask or a bias that is the same for every query can take
+/// keys away from all of them, and what lies there must not reach a result (numerics, contract 3).
+FLASH_DEVICE bool has_unattended_keys(const ForwardParams& p) {
+  const ScoreMod& mod = p.features.score_mod;
+  return (mod.mask.data && mod.mask.q_stride == 0) || (mod.bias.data && mod.bias.q_stride == 0);
+}
+
+/// One warp, general variant. Every block of K and V between the load and the products: rows of
+/// keys that nobody attends become 0.
+template <class Traits>
+FLASH_DEVICE void clean_keys(const ForwardParams& p, typename Traits::SharedStorage& shared) {
+  Ring<Traits::kStages> ring;  // of K; V is one position behind
+  const int lane = threadIdx.x % 32;
+  const auto clean = [&](uint16_t* rows, uint64_t* full, uint64_t* cleaned, int parity,
+                         const auto& keys, int first_key, int length) {
+    ptx::mbarrier_wait(full, parity);
+    for (int row = lane; row < Traits::kBlockN; row += 32) {
+      if (first_key + row >= length || keys(first_key + row)) continue;
+      for (int c = 0; c < Traits::kChunks; ++c) {
+        auto* line = reinterpret_cast<uint4*>(rows + (c * Traits::kBlockN + row) * 64);
+        for (int i = 0; i < 8; ++i) line[i] = make_uint4(0, 0, 0, 0);
+      }
+    }
+    ptx::fence_proxy_async();  // before wgmma reads the zeros
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(cleaned);
+  };
+  follow_tiles<Traits>(shared, [&](const TileId& tile) {
+    const AttendedKeys<typename Traits::Element, Variant::kGeneral> keys{p.features.score_mod,
+                                                                         tile.batch, tile.head};
+    const Range blocks = tile_key_blocks<Traits>(p, tile);
+    for (int n = blocks.end - 1; n >= blocks.begin - 1; --n) {
+      if (n >= blocks.begin)
+        clean(shared.k[ring.stage], &shared.k_full[ring.stage], &shared.k_clean[ring.stage],
+              ring.parity, keys, n * Traits::kBlockN, tile.k.length);
+      if (n < blocks.end - 1) {
+        const Ring<Traits::kStages> v_ring = ring.before();
+        clean(shared.v[v_ring.stage], &shared.v_full[v_ring.stage], &shared.v_clean[v_ring.stage],
+              v_ring.parity, keys, (n + 1) * Traits::kBlockN, tile.k.length);
+      }
+      if (n >= blocks.begin) ring.advance();
+    }
+  });
+}
+
+/// One thread, general variant: a tile of pairs for every block of keys.
+template <class Traits>
+FLASH_DEVICE void load_pairs(const PairTiles& pairs, const ForwardParams& p,
+                             typename Traits::SharedStorage& shared) {
+  Ring<Traits::kPairStages> ring;
+  const auto load = [&]<class T>(const TileId& tile, int n, T) {
+    using Layout = PairTileLayout<T, Traits::kBlockM, Traits::kBlockN>;
+    uint64_t* const full = &shared.pairs.full[ring.stage];
+    ptx::mbarrier_expect_bytes(full, Layout::kBoxes * Layout::kBoxBytes);
+#pragma unroll
+    for (int box = 0; box < Layout::kBoxes; ++box)
+      ptx::tma_load_4d(shared_address(shared.pairs.tile[ring.stage]) + box * Layout::kBoxBytes,
+                       pairs.map, full, n * Traits::kBlockN + box * Layout::kBoxCols,
+                       tile.m_block * Traits::kBlockM, tile.head * pairs.head_step,
+                       tile.batch * pairs.batch_step, ptx::kEvictFirst);
+  };
+  follow_tiles<Traits>(shared, [&](const TileId& tile) {
+    const Range blocks = tile_key_blocks<Traits>(p, tile);
+    for (int n = blocks.end - 1; n >= blocks.begin; --n) {
+      ptx::mbarrier_wait(&shared.pairs.empty[ring.stage], ring.parity ^ 1);
+      if (pairs.kind == PairKind::kBias)
+        load(tile, n, typename Traits::Element());
+      else
+        load(tile, n, uint8_t());
+      ring.advance();
+    }
+  });
 }
 
 }  // namespace flash::cuda::sm90

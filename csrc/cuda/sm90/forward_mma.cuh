@@ -9,6 +9,7 @@
 // the new tile and the last P V of the old one are issued together.
 #pragma once
 
+#include "cuda/sm90/forward_scores.cuh"
 #include "cuda/sm90/forward_softmax.cuh"
 #include "cuda/sm90/scheduler.cuh"
 #include "primitives/ptx/stmatrix.cuh"
@@ -24,14 +25,13 @@ struct ForwardMma {
   static constexpr uint64_t kRowsByDepth = ptx::descriptor_layout(16, 1024);  // Q, K: K-major
   static constexpr uint64_t kDepthByRows =
       ptx::descriptor_layout(kBlockN * 128, 1024);  // V: MN-major
-  // Without a stage of Q to do a tile again, the exponent must be safe at once.
+  // Where a tile cannot be done again, the exponent must be safe at once.
   static constexpr Exponent kUsualExponent =
-      Traits::kStoresThroughQ ? Exponent::kMultiplyAdd : Exponent::kSubtractFirst;
+      Traits::kMayRedo ? Exponent::kMultiplyAdd : Exponent::kSubtractFirst;
 
   const ForwardParams& p;
   Shared& shared;
   const int warpgroup, warp, lane;
-  const IntervalMask mask;
   const int turn, next_turn, own_barrier;
 
   float accO[kHeadDim / 2];
@@ -42,26 +42,42 @@ struct ForwardMma {
   Ring<Traits::kStages> ring;  // K(n); V(n + 1) is one position behind
   Ring<Traits::kQueryStages> q_ring;
   TileId tile;
+  IntervalMask mask;       // of the tile in hand
   int first_row, n_block;  // of this warpgroup; next block
   BlockRanges blocks;
   int q_stage = 0;
   uint32_t sQ;
+  uint64_t *const k_ready, *const v_ready;
+  const PairTiles& pair_tiles;          // general variant
+  Ring<Traits::kPairStages> pair_ring;  // tile of n_block
 
-  FLASH_DEVICE ForwardMma(const ForwardParams& params, Shared& storage, int warpgroup_)
+  FLASH_DEVICE ForwardMma(const ForwardMaps& maps, const ForwardParams& params, Shared& storage,
+                          int warpgroup_)
       : p(params),
         shared(storage),
         warpgroup(warpgroup_),
         warp(warp_uniform((threadIdx.x >> 5) & 3)),
         lane(threadIdx.x & 31),
-        mask(params.mask.of(params.q_layout.max, params.k_layout.max)),
         turn(1 + warpgroup_),
         next_turn(1 + (warpgroup_ + 1) % Traits::kMmaWarpgroups),
-        own_barrier(1 + Traits::kMmaWarpgroups + warpgroup_) {
-    softmax.scale_log2 = static_cast<float>(params.softmax_scale * 1.4426950408889634);
+        own_barrier(1 + Traits::kMmaWarpgroups + warpgroup_),
+        k_ready(Traits::kGeneral && has_unattended_keys(params) ? storage.k_clean : storage.k_full),
+        v_ready(Traits::kGeneral && has_unattended_keys(params) ? storage.v_clean : storage.v_full),
+        pair_tiles(maps.pairs) {
+    softmax.scale_log2 = unit() * 1.4426950408889634f;
+  }
+
+  /// Scores come to the softmax as products, or as what the modifications made of them.
+  FLASH_DEVICE float unit() const {
+    return Traits::kGeneral ? 1.f : static_cast<float>(p.softmax_scale);
   }
 
   /// Row r (0 or 1) of this thread.
   FLASH_DEVICE int row(int r) const { return first_row + warp * 16 + lane / 4 + 8 * r; }
+
+  FLASH_DEVICE GeneralScores<Traits> scores(uint32_t pair_tile = 0) const {
+    return {p, tile, row(0), pair_tiles.kind, pair_tile};
+  }
 
   FLASH_DEVICE void release(uint64_t* empty) const {  // one arrival per warp
     __syncwarp();
@@ -97,13 +113,14 @@ struct ForwardMma {
     ptx::wgmma_commit();
     accumulate = 1;
   }
+  FLASH_DEVICE int first_column() const { return n_block * kBlockN + (lane & 3) * 2; }
+
   /// S = -inf where the mask drops the pair.
   FLASH_DEVICE void apply_mask(float (&accS)[kBlockN / 2]) const {
-    const int first_column = n_block * kBlockN + (lane & 3) * 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int begin = mask.key_begin(row(r)) - first_column;
-      const int end = mask.key_end(row(r)) - first_column;
+      const int begin = mask.key_begin(row(r)) - first_column();
+      const int end = mask.key_end(row(r)) - first_column();
 #pragma unroll
       for (int j = 0; j < kBlockN / 4; ++j) {
         const int column = j / 2 * 8 + j % 2;
@@ -111,7 +128,28 @@ struct ForwardMma {
       }
     }
   }
-  FLASH_DEVICE void take_weights(const float (&accS)[kBlockN / 2]) {
+  /// f(address of the tile of pairs, if there is one), which is then free for another block.
+  template <class F>
+  FLASH_DEVICE void with_pair_tile(F&& f) {
+    if constexpr (Traits::kGeneral) {
+      const bool is_staged = pair_tiles.kind != PairKind::kNone;
+      if (is_staged) ptx::mbarrier_wait(&shared.pairs.full[pair_ring.stage], pair_ring.parity);
+      f(shared_address(shared.pairs.tile[pair_ring.stage]));
+      if (!is_staged) return;
+      release(&shared.pairs.empty[pair_ring.stage]);
+      pair_ring.advance();
+    }
+  }
+  /// Products become scores; blocks at the edge of the mask lose what it drops.
+  FLASH_DEVICE void make_scores(float (&accS)[kBlockN / 2]) {
+    if constexpr (Traits::kGeneral) {
+      with_pair_tile([&](uint32_t tile) { scores(tile).modify(accS, first_column()); });
+    }
+    const bool is_inside = n_block >= blocks.full.begin && n_block < blocks.full.end;
+    if (!Traits::kGeneral || !is_inside) apply_mask(accS);
+  }
+  FLASH_DEVICE void take_weights(float (&accS)[kBlockN / 2], int column) {
+    if (Traits::kGeneral && scores().has_dropout()) scores().drop(accS, column);
 #pragma unroll
     for (int i = 0; i < kBlockN / 4; ++i) rP[i] = pack<Element>(accS[2 * i], accS[2 * i + 1]);
   }
@@ -124,30 +162,31 @@ struct ForwardMma {
     float accS[kBlockN / 2];
     const Ring<Traits::kStages> previous = ring;
     ring.advance();
-    ptx::mbarrier_wait(&shared.k_full[ring.stage], ring.parity);
+    ptx::mbarrier_wait(&k_ready[ring.stage], ring.parity);
     take_turn();
     ptx::pin(accS), ptx::pin(accO), ptx::pin(rP);
     ptx::wgmma_fence();
     issue_scores(accS, ring.stage);
-    ptx::mbarrier_wait(&shared.v_full[previous.stage], previous.parity);
+    ptx::mbarrier_wait(&v_ready[previous.stage], previous.parity);
     ptx::wgmma_fence();
     issue_output(previous.stage);
     pass_turn();
     ptx::wgmma_wait<1>();  // S is there, O still runs
     ptx::pin(accS);
     release(&shared.k_empty[ring.stage]);
-    if (kStep == Step::kMasked) apply_mask(accS);
+    if (kStep == Step::kMasked) make_scores(accS);
     if (kStep == Step::kFull && Traits::kKeepsMaximum) {
       softmax.keep(accS);
-    } else if (kStep == Step::kMasked && Traits::kStoresThroughQ && tile.is_redo()) {
+    } else if (kStep == Step::kMasked && Traits::kMayRedo && tile.is_redo()) {
       softmax.template update<Exponent::kSubtractFirst>(accS);
     } else {
       softmax.template update<kUsualExponent>(accS);
     }
+    ptx::pin(accS);        // the softmax stays above the wait, under the second product
     ptx::wgmma_wait<0>();  // O is there, rP is free
     ptx::pin(accO), ptx::pin(rP);
     release(&shared.v_empty[previous.stage]);
-    take_weights(accS);
+    take_weights(accS, first_column());
     if (!(kStep == Step::kFull && Traits::kKeepsMaximum) && softmax.any_rescale()) {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) accO[i] *= softmax.rescale[(i >> 1) & 1];
@@ -162,27 +201,29 @@ struct ForwardMma {
     const Ring<Traits::kStages> previous = ring;
     const uint32_t old_q = sQ;
     const int old_stage = q_stage;
+    const IntervalMask next_mask = p.mask_of(next.q, next.k);
     const int next_row = next.m_block * kBlockM + warpgroup * 64;
-    const Range visit = key_blocks<kBlockN>(mask, next.m_block * kBlockM, kBlockM).visit;
-    const BlockRanges own = key_blocks_within<kBlockN>(mask, next_row, visit);
+    const Range visit = key_blocks<kBlockN>(next_mask, next.m_block * kBlockM, kBlockM).visit;
+    const BlockRanges own = key_blocks_within<kBlockN>(next_mask, next_row, visit);
     sQ = shared_address(shared.q[q_ring.stage]) + warpgroup * 64 * 128;
     if (kTileInHand) ring.advance();
     Ring<Traits::kStages> skipped = ring;
     for (int n = visit.end; n > own.visit.end; --n) {  // no row here sees a key of this block
-      ptx::mbarrier_wait(&shared.k_full[ring.stage], ring.parity);
+      ptx::mbarrier_wait(&k_ready[ring.stage], ring.parity);
       release(&shared.k_empty[ring.stage]);
+      with_pair_tile([](uint32_t) {});
       take_turn();
       pass_turn();
       ring.advance();
     }
-    ptx::mbarrier_wait(&shared.k_full[ring.stage], ring.parity);
+    ptx::mbarrier_wait(&k_ready[ring.stage], ring.parity);
     if (kTileInHand) take_turn();
     ptx::pin(accS);
     if (kTileInHand) ptx::pin(accO), ptx::pin(rP);
     ptx::wgmma_fence();
     issue_scores(accS, ring.stage);
     if (kTileInHand) {
-      ptx::mbarrier_wait(&shared.v_full[previous.stage], previous.parity);
+      ptx::mbarrier_wait(&v_ready[previous.stage], previous.parity);
       ptx::wgmma_fence();
       issue_output(previous.stage);
       pass_turn();
@@ -194,12 +235,13 @@ struct ForwardMma {
     ptx::pin(accS);
     release(&shared.k_empty[ring.stage]);
     tile = next;
+    mask = next_mask;
     q_stage = q_ring.stage;
     first_row = next_row;
     blocks = own;
     n_block = own.visit.end - 1;
-    apply_mask(accS);
-    if (Traits::kStoresThroughQ && tile.is_redo()) {
+    make_scores(accS);
+    if (Traits::kMayRedo && tile.is_redo()) {
       softmax.template first<Exponent::kSubtractFirst>(accS);
     } else {
       softmax.template first<kUsualExponent>(accS);
@@ -209,11 +251,11 @@ struct ForwardMma {
       ptx::pin(accO), ptx::pin(rP);
       release(&shared.v_empty[previous.stage]);
     }
-    take_weights(accS);
+    take_weights(accS, first_column());
     if (kTileInHand) put_output(old_q, &shared.o_full[old_stage][warpgroup]);
     accumulate = 0;
     for (int n = visit.end; n > own.visit.end; --n) {
-      ptx::mbarrier_wait(&shared.v_full[skipped.stage], skipped.parity);
+      ptx::mbarrier_wait(&v_ready[skipped.stage], skipped.parity);
       release(&shared.v_empty[skipped.stage]);
       skipped.advance();
     }
@@ -227,15 +269,20 @@ struct ForwardMma {
   /// l and lse of the tile in hand; a warp with an unsafe row marks the tile.
   FLASH_DEVICE void finish_rows() {
     softmax.reduce_sums();
-    inverse[0] = softmax.inverse_sum(0), inverse[1] = softmax.inverse_sum(1);
-    float* lse =
-        static_cast<float*>(p.lse.data) + p.lse.offset({0, tile.batch, p.q_layout.max}, tile.head);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float value = softmax.lse(r, static_cast<float>(p.softmax_scale));
-      if ((lane & 3) == 0 && row(r) < p.q_layout.max) lse[row(r)] = value;
+      float factor = 1.f;
+      if (Traits::kGeneral && scores().has_sink()) factor = softmax.add_sink(r, scores().sink());
+      if (Traits::kGeneral) factor *= scores().dropout_scale();
+      inverse[r] = factor * softmax.inverse_sum(r);
     }
-    if (Traits::kStoresThroughQ && !tile.is_redo()) {
+    float* lse = static_cast<float*>(p.lse.data) + p.lse.offset(tile.q, tile.head);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float value = softmax.lse(r, unit());
+      if ((lane & 3) == 0 && row(r) < tile.q.length) lse[row(r)] = value;
+    }
+    if (Traits::kMayRedo && !tile.is_redo()) {
       const bool unsafe = !softmax.is_safe(0) || !softmax.is_safe(1);
       if (__any_sync(0xffffffffu, unsafe) && lane == 0) shared.failed[q_stage] = tile.index;
     }
@@ -262,8 +309,7 @@ struct ForwardMma {
   /// bytes and a row 32 contiguous ones.
   FLASH_DEVICE void store_output() const {
     const int odd = lane & 1, column = odd * 8 + (lane & 2) * 2;
-    auto* out = static_cast<uint16_t*>(p.out.data) +
-                p.out.offset({0, tile.batch, p.q_layout.max}, tile.head) + column;
+    auto* out = static_cast<uint16_t*>(p.out.data) + p.out.offset(tile.q, tile.head) + column;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; i += 8) {  // 16 columns
 #pragma unroll
@@ -274,7 +320,7 @@ struct ForwardMma {
             pack<Element>(accO[i + 4 + 2 * r] * scale, accO[i + 5 + 2 * r] * scale);
         const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
         const uint2 value = odd ? make_uint2(other, high) : make_uint2(low, other);
-        if (row(r) < p.q_layout.max && 2 * i + column < p.head_dim_v)
+        if (row(r) < tile.q.length && 2 * i + column < p.head_dim_v)
           *reinterpret_cast<uint2*>(out + row(r) * p.out.row_stride + 2 * i) = value;
       }
     }
@@ -283,7 +329,7 @@ struct ForwardMma {
   /// The last P V of the tile in hand, when no other tile begins under it.
   FLASH_DEVICE void finish_tile() {
     if (!Traits::kStoresThroughQ) release(&shared.q_empty[q_stage]);  // the next Q loads meanwhile
-    ptx::mbarrier_wait(&shared.v_full[ring.stage], ring.parity);
+    ptx::mbarrier_wait(&v_ready[ring.stage], ring.parity);
     ptx::pin(accO), ptx::pin(rP);
     ptx::wgmma_fence();
     issue_output(ring.stage);
@@ -306,8 +352,11 @@ struct ForwardMma {
     while (true) {
       ptx::mbarrier_wait(&shared.q_full[q_ring.stage], q_ring.parity);
       TileId next = shared.tile[q_ring.stage];
-      next = {to_uniform(next.m_block), to_uniform(next.head), to_uniform(next.batch),
-              to_uniform(next.index)};
+      next.m_block = to_uniform(next.m_block);
+      next.head = to_uniform(next.head);
+      next.index = to_uniform(next.index);
+      next.q.length = to_uniform(next.q.length);
+      next.k.length = to_uniform(next.k.length);
       if (next.m_block >= 0) {
         if (tile_in_hand) {
           first_step</*kTileInHand=*/true>(next);
@@ -316,14 +365,16 @@ struct ForwardMma {
         }
         tile_in_hand = true;
         q_ring.advance();
-        const bool redo = Traits::kStoresThroughQ && tile.is_redo();
+        const bool redo = Traits::kMayRedo && tile.is_redo();
         const int full_end = to_uniform(redo ? blocks.visit.begin : blocks.full.end);
         const int full_begin = to_uniform(redo ? blocks.visit.begin : blocks.full.begin);
         const int visit_begin = to_uniform(blocks.visit.begin);
+        if constexpr (!Traits::kGeneral) {  // its steps ask for each block
 #pragma unroll 1
-        while (n_block >= full_end && n_block >= visit_begin) step<Step::kMasked>();
+          while (n_block >= full_end && n_block >= visit_begin) step<Step::kMasked>();
 #pragma unroll 1
-        while (n_block >= full_begin) step<Step::kFull>();
+          while (n_block >= full_begin) step<Step::kFull>();
+        }
 #pragma unroll 1
         while (n_block >= visit_begin) step<Step::kMasked>();
         if (Traits::kStoresThroughQ) continue;

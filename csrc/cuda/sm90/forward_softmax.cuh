@@ -95,6 +95,14 @@ struct RowSoftmax {
       row_sum[r] += __shfl_xor_sync(0xffffffffu, row_sum[r], 2);
     }
   }
+  /// A key with this score and no value, into a complete l; returns 2^(c (m - m')), which O needs.
+  FLASH_DEVICE float add_sink(int r, float score) {
+    const float base = base_of(fmaxf(row_max[r], score));
+    const float factor = exp2_approx((row_max[r] - base) * scale_log2);
+    row_sum[r] = row_sum[r] * factor + exp2_approx((score - base) * scale_log2);
+    row_max[r] = fmaxf(row_max[r], score);
+    return factor;
+  }
   FLASH_DEVICE float inverse_sum(int r) const { return row_sum[r] == 0.f ? 0.f : 1.f / row_sum[r]; }
   /// Natural logarithm of sum exp(scale q.k); -inf for an empty row.
   FLASH_DEVICE float lse(int r, float softmax_scale) const {

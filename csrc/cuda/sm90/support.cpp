@@ -26,20 +26,13 @@ std::vector<std::string> why_unsupported(const ForwardParams& p, int bucket, int
   if (bucket == 0) reasons.push_back("a head dim is larger than " + std::to_string(largest));
   if (p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0 || p.head_dim == 0 || p.head_dim_v == 0)
     reasons.push_back("a head dim is not a positive multiple of 8");
-  if (p.variant() != Variant::kPlain)
-    reasons.push_back(
-        "a mask tensor, bias, ALiBi, softcap, sink, dropout or a scale that is not positive is "
-        "set");
-  if (p.q_layout.packed() || p.k_layout.packed() || p.q_layout.seqused || p.k_layout.seqused)
-    reasons.push_back("the batch is packed or has lengths of its own");
   if (!reasons.empty()) return reasons;
-  const TensorShape q{p.batch, p.num_heads, p.q_layout.max, p.head_dim};
-  const TensorShape k{p.batch, p.num_heads_k, p.k_layout.max, p.head_dim};
-  TensorShape v = k, out = q;
-  v.columns = out.columns = p.head_dim_v;
+  const SequenceLayout &rows = p.q_layout, &keys = p.k_layout;
   for (const std::string& reason :
-       {why_no_tensor_map("q", p.q, q), why_no_tensor_map("k", p.k, k),
-        why_no_tensor_map("v", p.v, v), why_no_tensor_map("out", p.out, out)})
+       {why_no_tma_tensor("q", p.q, rows, tensor_shape(p, rows, p.num_heads, p.head_dim)),
+        why_no_tma_tensor("k", p.k, keys, tensor_shape(p, keys, p.num_heads_k, p.head_dim)),
+        why_no_tma_tensor("v", p.v, keys, tensor_shape(p, keys, p.num_heads_k, p.head_dim_v)),
+        why_no_tma_tensor("out", p.out, rows, tensor_shape(p, rows, p.num_heads, p.head_dim_v))})
     if (!reason.empty()) reasons.push_back(reason);
   return reasons;
 }
@@ -51,6 +44,16 @@ bool is_causal(const ForwardParams& p) {
          p.mask.window_left >= IntervalMask::kUnbounded;
 }
 
+bool is_ragged(const ForwardParams& p) {
+  return p.q_layout.packed() || p.k_layout.packed() || p.q_layout.seqused || p.k_layout.seqused;
+}
+
+TensorShape tensor_shape(const ForwardParams& p, const SequenceLayout& layout, int heads,
+                         int columns) {
+  if (layout.packed()) return {1, heads, int(layout.total), columns};
+  return {p.batch, heads, layout.max, columns};
+}
+
 int forward_head_dim(const ForwardParams& p) { return smallest_bucket(p, {64, 96, 128, 192, 256}); }
 int backward_head_dim(const ForwardParams& p) { return smallest_bucket(p, {64, 128}); }
 
@@ -59,6 +62,11 @@ std::vector<std::string> why_forward_unsupported(const ForwardParams& p) {
 }
 std::vector<std::string> why_backward_unsupported(const ForwardParams& p) {
   std::vector<std::string> reasons = why_unsupported(p, backward_head_dim(p), 128);
+  if (p.variant() != Variant::kPlain)
+    reasons.push_back(
+        "a mask tensor, bias, ALiBi, softcap, sink, dropout or a scale that is not positive is "
+        "set");
+  if (is_ragged(p)) reasons.push_back("the batch is packed or has lengths of its own");
   if (p.mask.window_left < IntervalMask::kUnbounded &&
       p.mask.window_right < IntervalMask::kUnbounded &&
       p.mask.window_left + p.mask.window_right < 0)

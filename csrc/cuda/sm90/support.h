@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "attention/params.h"
+#include "cuda/sm90/tensor_map.h"
 
 namespace flash::cuda::sm90 {
 
@@ -20,6 +21,13 @@ bool gradients_are_aligned(const BackwardParams& p);
 /// Late rows see more keys than early ones: tiles differ in work.
 bool is_causal(const ForwardParams& p);
 
+/// Sequences have lengths of their own: tiles differ in work, and some have none.
+bool is_ragged(const ForwardParams& p);
+
+/// Of a tensor with the rows of `layout`.
+TensorShape tensor_shape(const ForwardParams& p, const SequenceLayout& layout, int heads,
+                         int columns);
+
 /// Smallest compiled head dim that holds both; 0: none. Forward: 64, 96, 128, 192, 256; backward:
 /// 64, 128.
 int forward_head_dim(const ForwardParams& p);
@@ -31,9 +39,9 @@ int64_t backward_workspace_bytes(const BackwardParams& p);
 /// Multiprocessors of the current device.
 int num_multiprocessors();
 
-/// Defined in instances/sm90_*_d*.cu for the head dims above. The backward computes its own delta
+/// Defined in instances/sm90_*.cu for the head dims above. The backward computes its own delta
 /// from out, dout and dlse.
-template <int kHeadDim>
+template <int kHeadDim, Variant kVariant>
 void launch_forward(const ForwardParams& p, void* workspace, void* stream);
 template <int kHeadDim>
 void launch_backward(const BackwardParams& p, void* workspace, void* stream);

@@ -3,6 +3,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+#include <array>
+#include <limits>
 #include <stdexcept>
 
 namespace flash::cuda::sm90 {
@@ -25,8 +28,43 @@ EncodeTiled encode_tiled() {
 
 /// The stride that TMA is told: one that is never used, because the dimension has one entry, may
 /// break its rules.
-int64_t told_stride(int64_t stride, int size, int columns) {
+int64_t told_stride(int64_t stride, int64_t size, int columns) {
   return size == 1 ? (columns + 7) / 8 * 8 : stride;
+}
+
+/// Boxes of `box_cols` x `box_rows` elements, 1 in the other dimensions, in the 128-byte swizzle.
+template <size_t kDims>
+CUtensorMap encode(CUtensorMapDataType type, int element_bytes, const void* data,
+                   const std::array<int64_t, kDims>& sizes,
+                   const std::array<int64_t, kDims - 1>& strides, int box_cols, int box_rows) {
+  cuuint64_t dims[kDims], byte_strides[kDims - 1];
+  cuuint32_t box[kDims], steps[kDims];
+  std::copy(sizes.begin(), sizes.end(), dims);
+  std::transform(strides.begin(), strides.end(), byte_strides,
+                 [&](int64_t stride) { return element_bytes * cuuint64_t(stride); });
+  std::fill_n(box, kDims, 1);
+  std::fill_n(steps, kDims, 1);
+  box[0] = box_cols, box[1] = box_rows;
+  CUtensorMap map;
+  const CUresult result =
+      encode_tiled()(&map, type, kDims, const_cast<void*>(data), dims, byte_strides, box, steps,
+                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    throw std::runtime_error("flash_attn: cuTensorMapEncodeTiled failed with code " +
+                             std::to_string(int(result)));
+  return map;
+}
+
+CUtensorMapDataType tma_type(DType dtype) {
+  return dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                   : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+}
+
+/// Whether bounds are those of a sequence, not of the tensor. TMA has no tensors without rows: such
+/// a one is all outside of its sequences.
+bool is_ragged(const SequenceLayout& layout, const TensorShape& shape) {
+  return layout.packed() || layout.seqused || shape.rows == 0;
 }
 
 }  // namespace
@@ -48,26 +86,72 @@ std::string why_no_tensor_map(const char* name, const TensorView& tensor,
 
 CUtensorMap make_tensor_map(DType dtype, const TensorView& tensor, const TensorShape& shape,
                             int box_rows) {
-  const cuuint64_t sizes[4] = {cuuint64_t(shape.columns), cuuint64_t(shape.rows),
-                               cuuint64_t(shape.heads), cuuint64_t(shape.batch)};
-  const cuuint64_t byte_strides[3] = {
-      2 * cuuint64_t(told_stride(tensor.row_stride, shape.rows, shape.columns)),
-      2 * cuuint64_t(told_stride(tensor.head_stride, shape.heads, shape.columns)),
-      2 * cuuint64_t(told_stride(tensor.batch_stride, shape.batch, shape.columns))};
-  const cuuint32_t box[4] = {64, cuuint32_t(box_rows), 1, 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult result =
-      encode_tiled()(&map,
-                     dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                     4, tensor.data, sizes, byte_strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS)
-    throw std::runtime_error("flash_attn: cuTensorMapEncodeTiled failed with code " +
-                             std::to_string(int(result)));
-  return map;
+  return encode<4>(tma_type(dtype), 2, tensor.data,
+                   {shape.columns, shape.rows, shape.heads, shape.batch},
+                   {told_stride(tensor.row_stride, shape.rows, shape.columns),
+                    told_stride(tensor.head_stride, shape.heads, shape.columns),
+                    told_stride(tensor.batch_stride, shape.batch, shape.columns)},
+                   64, box_rows);
+}
+
+std::string why_no_tma_tensor(const char* name, const TensorView& tensor,
+                              const SequenceLayout& layout, const TensorShape& shape) {
+  const std::string reason = why_no_tensor_map(name, tensor, shape);
+  if (!reason.empty() || !is_ragged(layout, shape)) return reason;
+  const int64_t row = told_stride(tensor.row_stride, shape.rows, shape.columns);
+  const int64_t last = tensor.batch_stride * (shape.batch - 1) / row + shape.rows;
+  if (shape.batch > 1 && tensor.batch_stride % row != 0)
+    return std::string(name) + " has a batch stride that is not a multiple of its row stride";
+  if (row >= TmaTensor::kWrap || last > std::numeric_limits<int>::max())
+    return std::string(name) + " has too many rows";
+  return "";
+}
+
+TmaTensor make_tma_tensor(DType dtype, const TensorView& tensor, const SequenceLayout& layout,
+                          const TensorShape& shape, int box_rows) {
+  const int64_t row = told_stride(tensor.row_stride, shape.rows, shape.columns);
+  const int64_t head = told_stride(tensor.head_stride, shape.heads, shape.columns);
+  const int64_t batch = told_stride(tensor.batch_stride, shape.batch, shape.columns);
+  if (!is_ragged(layout, shape)) {
+    const auto map = encode<5>(tma_type(dtype), 2, tensor.data,
+                               {shape.columns, shape.rows, shape.heads, shape.batch, 1},
+                               {row, head, batch, 8}, 64, box_rows);
+    return {map, 0, 0};
+  }
+  constexpr int64_t kAll = std::numeric_limits<int>::max();
+  alignas(16) static const char nothing[16] = {};  // an address that is never read
+  const auto map = encode<5>(tma_type(dtype), 2, tensor.data ? tensor.data : nothing,
+                             {shape.columns, TmaTensor::kRaggedRows, shape.heads, kAll, kAll},
+                             {row, head, row, TmaTensor::kWrap - row}, 64, box_rows);
+  return {map, TmaTensor::kRaggedRows, shape.batch > 1 ? int(tensor.batch_stride / row) : 0};
+}
+
+PairTiles make_pair_tiles(const ForwardParams& p, int rows, int cols) {
+  const auto tiles = [&](PairKind kind, CUtensorMapDataType type, int bytes,
+                         const PairView& view) -> PairTiles {
+    const auto is_legal = [&](int64_t stride) {
+      return stride >= 0 && stride * bytes % 16 == 0 && stride * bytes < int64_t{1} << 40;
+    };
+    // A row that is the same for every query is read from global memory: all lanes want one line.
+    if (!view.data || view.k_stride != 1 || view.q_stride == 0 ||
+        reinterpret_cast<uintptr_t>(view.data) % 16 != 0 || !is_legal(view.q_stride) ||
+        !is_legal(view.head_stride) || !is_legal(view.batch_stride))
+      return {.kind = PairKind::kNone};
+    const bool has_heads = view.head_stride != 0, has_batch = view.batch_stride != 0;
+    const int64_t any = 16 / bytes;  // a stride that is never used
+    const auto map = encode<4>(
+        type, bytes, view.data,
+        {p.k_layout.max, p.q_layout.max, has_heads ? p.num_heads : 1, has_batch ? p.batch : 1},
+        {view.q_stride, has_heads ? view.head_stride : any, has_batch ? view.batch_stride : any},
+        std::min(cols, 128 / bytes), rows);
+    return {map, kind, has_heads, has_batch};
+  };
+  const ScoreMod& mod = p.features.score_mod;
+  if (!mod.bias_is_float32) {
+    const PairTiles bias = tiles(PairKind::kBias, tma_type(p.dtype), 2, mod.bias);
+    if (bias.kind != PairKind::kNone) return bias;
+  }
+  return tiles(PairKind::kMask, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, mod.mask);
 }
 
 }  // namespace flash::cuda::sm90

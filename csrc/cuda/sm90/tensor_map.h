@@ -7,12 +7,16 @@
 #include <string>
 
 #include "attention/params.h"
+#include "cuda/sm90/pair_tiles.h"
+#include "cuda/sm90/tma_tensor.h"
 
 namespace flash::cuda::sm90 {
 
-/// Sizes of a dense tensor (batch, heads, rows, columns).
+/// Sizes of a tensor (batch, heads, rows, columns); packed: batch 1.
 struct TensorShape {
-  int batch, heads, rows, columns;
+  int batch, heads;
+  int64_t rows;
+  int columns;
 };
 
 /// "" if TMA can describe the tensor (or there is none); else what it needs, after the tensor's
@@ -23,5 +27,14 @@ std::string why_no_tensor_map(const char* name, const TensorView& tensor, const 
 /// is not written. Coordinates (column, row, head, batch).
 CUtensorMap make_tensor_map(DType dtype, const TensorView& tensor, const TensorShape& shape,
                             int box_rows);
+
+/// The same for sequences of their own lengths.
+std::string why_no_tma_tensor(const char* name, const TensorView& tensor,
+                              const SequenceLayout& layout, const TensorShape& shape);
+TmaTensor make_tma_tensor(DType dtype, const TensorView& tensor, const SequenceLayout& layout,
+                          const TensorShape& shape, int box_rows);
+
+/// Tiles of rows x cols of the bias or the mask of a call, if TMA can bring them.
+PairTiles make_pair_tiles(const ForwardParams& p, int rows, int cols);
 
 }  // namespace flash::cuda::sm90

@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include "attention/params.h"
+#include "cuda/sm90/tma_tensor.h"
 #include "primitives/ptx/mbarrier.cuh"
 #include "primitives/ptx/named_barrier.cuh"
 #include "primitives/ptx/tma.cuh"
@@ -18,6 +19,7 @@ namespace flash::cuda::sm90 {
 //   kStages          of K and of V
 //   kQueryStages     2 or more: a tile begins under the last product of the tile before it
 //   kTakeTurns       order the products of the warpgroups
+//   kPairStages      general variant: of tiles of a bias or mask
 // bf16, 16k tokens, hidden 2048, one H100; docs/hopper.md has what lost.
 struct TileD64Short {  // 256x64 against 192x128: +10 % up to 1k, equal to 4k, -5 % from 8k
   static constexpr int kMmaWarpgroups = 4, kBlockN = 64, kStages = 4, kQueryStages = 3;
@@ -47,6 +49,35 @@ struct TileD256 {  // 128x80 loses up to 4 %
   static constexpr bool kTakeTurns = true;
 };
 
+// General variant: registers hold addresses beside the scores, shared memory tiles of a bias or
+// mask.
+struct TileD64General {  // 128x128 -20 %; without turns -3 %
+  static constexpr int kMmaWarpgroups = 3, kBlockN = 64, kStages = 3, kQueryStages = 3;
+  static constexpr bool kTakeTurns = true;
+  static constexpr int kPairStages = 2;
+};
+struct TileD96General : TileD96 {
+  static constexpr int kPairStages = 1;
+};
+struct TileD128General : TileD128 {  // 128x128 -4 %
+  static constexpr int kBlockN = 64, kQueryStages = 2, kPairStages = 2;
+};
+struct TileD192General : TileD192 {
+  static constexpr int kBlockN = 64, kPairStages = 2;
+};
+struct TileD256General : TileD256 {
+  static constexpr int kPairStages = 2;
+};
+
+/// Tiles of a tensor over pairs; nothing without stages.
+template <int kStages, int kBytes>
+struct PairStorage {
+  alignas(1024) uint8_t tile[kStages][kBytes];
+  uint64_t full[kStages], empty[kStages];
+};
+template <int kBytes>
+struct PairStorage<0, kBytes> {};
+
 /// What the load thread leaves beside a stage of Q for everyone else.
 struct TileId {
   static constexpr int kStop = -1;    ///< in place of m_block: no more tiles
@@ -54,13 +85,15 @@ struct TileId {
 
   int m_block, head, batch;
   int index;  ///< of the schedule; its complement when the tile is done again
+  Sequence q, k;
 
   FLASH_DEVICE bool is_redo() const { return index < 0; }
 };
 
-template <class Element_, int kHeadDim_, class Tile>
+template <class Element_, int kHeadDim_, class Tile, Variant kVariant>
 struct ForwardTraits : Tile {
   using Element = Element_;
+  static constexpr bool kGeneral = kVariant == Variant::kGeneral;
   static constexpr int kHeadDim = kHeadDim_;  // bucket: TMA fills columns beyond head_dim with 0
   static constexpr int kBlockM = 64 * Tile::kMmaWarpgroups;
   static constexpr int kChunks = (kHeadDim + 63) / 64;  // of 64 columns = the swizzle's 128 bytes
@@ -68,8 +101,13 @@ struct ForwardTraits : Tile {
   // With stages of Q to spare, O leaves through its own rows of Q and a tile whose cheap softmax
   // was not safe can be done again. With one, O goes straight to global memory.
   static constexpr bool kStoresThroughQ = Tile::kQueryStages > 1;
+  static constexpr int kPairStages = [] {
+    if constexpr (kGeneral) return Tile::kPairStages;
+    return 0;
+  }();
+  static constexpr bool kMayRedo = kStoresThroughQ && !kGeneral;
   // bf16 weights have the exponents of fp32: they need not stay below 1 (see forward_softmax.cuh).
-  static constexpr bool kKeepsMaximum = kStoresThroughQ && std::is_same_v<Element, __nv_bfloat16>;
+  static constexpr bool kKeepsMaximum = kMayRedo && std::is_same_v<Element, __nv_bfloat16>;
   static constexpr int kLoadRegisters = Tile::kMmaWarpgroups == 2 ? 40 : 32;
   static constexpr int kMmaRegisters = Tile::kMmaWarpgroups == 2   ? 232
                                        : Tile::kMmaWarpgroups == 3 ? 160
@@ -84,12 +122,14 @@ struct ForwardTraits : Tile {
     uint16_t q[Tile::kQueryStages][kBlockM * kChunks * 64];  // later O, each warpgroup its rows
     uint16_t k[Tile::kStages][Tile::kBlockN * kChunks * 64];
     uint16_t v[Tile::kStages][Tile::kBlockN * kChunks * 64];
+    PairStorage<kPairStages, kBlockM * Tile::kBlockN * 2> pairs;
     TileId tile[Tile::kQueryStages];
     int failed[Tile::kQueryStages];  // index of the tile to be done again, or -1
     uint64_t q_full[Tile::kQueryStages], q_empty[Tile::kQueryStages];
     uint64_t o_full[Tile::kQueryStages][Tile::kMmaWarpgroups];
     uint64_t k_full[Tile::kStages], k_empty[Tile::kStages];
     uint64_t v_full[Tile::kStages], v_empty[Tile::kStages];
+    uint64_t k_clean[Tile::kStages], v_clean[Tile::kStages];  // general variant
   };
   static_assert(sizeof(SharedStorage) <= 232448, "exceeds the shared memory of one SM");
 };
@@ -104,6 +144,9 @@ struct Ring {
       stage = 0;
       parity ^= 1;
     }
+  }
+  FLASH_DEVICE Ring before() const {
+    return stage == 0 ? Ring{kStages - 1, parity ^ 1} : Ring{stage - 1, parity};
   }
 };
 

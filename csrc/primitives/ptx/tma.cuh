@@ -31,6 +31,25 @@ FLASH_DEVICE void tma_store_4d(const CUtensorMap& map, uint32_t shared, int c0, 
       : "memory");
 }
 
+FLASH_DEVICE void tma_load_5d(uint32_t shared, const CUtensorMap& map, uint64_t* barrier, int c0,
+                              int c1, int c2, int c3, int c4, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared),
+      "l"(&map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
+      "l"(policy)
+      : "memory");
+}
+
+FLASH_DEVICE void tma_store_5d(const CUtensorMap& map, uint32_t shared, int c0, int c1, int c2,
+                               int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], "
+      "[%1];" ::"l"(&map),
+      "r"(shared), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
 /// `bytes` consecutive bytes, a multiple of 16, counted on `barrier`.
 FLASH_DEVICE void bulk_load(uint32_t shared, const void* global, int bytes, uint64_t* barrier) {
   asm volatile(
