@@ -131,19 +131,37 @@ __device__ __forceinline__ Real delta_of(const RowView& view, const Sequence& s,
   return static_cast<const Real*>(view.data)[view.offset(s, head) + q];
 }
 
-/// The block of rows and the column panel that a CTA of simt/ works on, from its linear index:
-/// panel fastest, then row blocks (last, under a causal mask the longest, first), heads, batch.
+/// How the CTAs of simt/ are numbered: panels fastest, then, as a rule, the blocks of rows of one
+/// head after another, which share its K and V in L2. Under a causal mask blocks differ in length:
+/// the longest ones of all heads go first, or the last head's would run on alone.
+struct CtaGrid {
+  int panels, blocks, heads, batch;
+  bool by_block, ascending;
+
+  enum class Longest { kLastRows, kFirstRows };  // under a causal mask
+
+  static CtaGrid of(const ForwardParams& p, int panels, int blocks, int heads, Longest longest) {
+    const bool causal = p.mask.window_right < IntervalMask::kUnbounded &&
+                        p.mask.window_left >= IntervalMask::kUnbounded;
+    return {panels, blocks, heads, p.batch, causal, longest == Longest::kFirstRows};
+  }
+  int64_t ctas() const { return int64_t(panels) * blocks * heads * batch; }
+};
+
+/// The block of rows and the column panel that a CTA of simt/ works on.
 struct CtaPlace {
   int panel, block, head, batch;
 
-  static __device__ __forceinline__ CtaPlace of(int64_t index, int panels, int blocks, int heads) {
+  static __device__ __forceinline__ CtaPlace of(unsigned index, const CtaGrid& grid) {
     CtaPlace place;
-    place.panel = int(index % panels);
-    index /= panels;
-    place.block = blocks - 1 - int(index % blocks);
-    index /= blocks;
-    place.head = int(index % heads);
-    place.batch = int(index / heads);
+    place.panel = int(index % grid.panels);
+    index /= grid.panels;
+    const unsigned sets = unsigned(grid.heads) * grid.batch;
+    const unsigned set = grid.by_block ? index % sets : index / grid.blocks;
+    const int block = int(grid.by_block ? index / sets : index % grid.blocks);
+    place.block = grid.ascending ? block : grid.blocks - 1 - block;
+    place.head = int(set % grid.heads);
+    place.batch = int(set / grid.heads);
     return place;
   }
 };

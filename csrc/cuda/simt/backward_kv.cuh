@@ -98,8 +98,7 @@ __device__ __forceinline__ void add_dq(const DqRows& dq, Shared& shared, int& st
 
 template <class Traits, class Params>
 __global__ void __launch_bounds__(Traits::Tile::kThreads)
-    backward_kv_kernel(const __grid_constant__ Params p, const RowView delta, int panels,
-                       int blocks) {
+    backward_kv_kernel(const __grid_constant__ Params p, const RowView delta, const CtaGrid grid) {
   using Tile = typename Traits::Tile;
   using Real = typename Traits::Real;
   using Element = typename Traits::Element;
@@ -111,7 +110,7 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads)
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes);
 
-  const CtaPlace cta = CtaPlace::of(blockIdx.x, panels, blocks, p.num_heads_k);
+  const CtaPlace cta = CtaPlace::of(blockIdx.x, grid);
   const Sequence q_seq = Sequence::of(p.q_layout, cta.batch);
   const Sequence k_seq = Sequence::of(p.k_layout, cta.batch);
   const int first_k = cta.block * Traits::kRows, first_col = cta.panel * kPanel;
@@ -201,9 +200,9 @@ void launch_backward_kv(const Params& p, const RowView& delta, void* stream) {
   }
   const int panels = int(ceil_div(width, Traits::kPanel));
   const int blocks = int(ceil_div(p.k_layout.max, Traits::kRows));
-  launch(backward_kv_kernel<Traits, Params>, int64_t(panels) * blocks * p.num_heads_k * p.batch,
-         Traits::Tile::kThreads, sizeof(typename Traits::SharedStorage), stream, p, delta, panels,
-         blocks);
+  const CtaGrid grid = CtaGrid::of(p, panels, blocks, p.num_heads_k, CtaGrid::Longest::kFirstRows);
+  launch(backward_kv_kernel<Traits, Params>, grid.ctas(), Traits::Tile::kThreads,
+         sizeof(typename Traits::SharedStorage), stream, p, delta, grid);
 }
 
 /// Whether one kernel may compute all three gradients: it has one panel, needs the shared memory of

@@ -35,8 +35,7 @@ struct BackwardTraits {
 
 template <class Traits, class Params>
 __global__ void __launch_bounds__(Traits::Tile::kThreads)
-    backward_q_kernel(const __grid_constant__ Params p, const RowView delta, int panels,
-                      int blocks) {
+    backward_q_kernel(const __grid_constant__ Params p, const RowView delta, const CtaGrid grid) {
   using Tile = typename Traits::Tile;
   using Real = typename Traits::Real;
   using Element = typename Traits::Element;
@@ -45,7 +44,7 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads)
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes);
 
-  const CtaPlace cta = CtaPlace::of(blockIdx.x, panels, blocks, p.num_heads);
+  const CtaPlace cta = CtaPlace::of(blockIdx.x, grid);
   const Block block(p, delta, cta.batch, cta.head, cta.block);
   if (block.is_empty()) return;
 
@@ -90,9 +89,9 @@ void launch_backward_q(const Params& p, const RowView& delta, void* stream) {
   using Traits = BackwardTraits<kDType, kPanel, kVariant>;
   const int panels = int(ceil_div(p.dq.data && p.head_dim > 0 ? p.head_dim : 1, kPanel));
   const int blocks = int(ceil_div(p.q_layout.max, Traits::kRows));
-  launch(backward_q_kernel<Traits, Params>, int64_t(panels) * blocks * p.num_heads * p.batch,
-         Traits::Tile::kThreads, sizeof(typename Traits::SharedStorage), stream, p, delta, panels,
-         blocks);
+  const CtaGrid grid = CtaGrid::of(p, panels, blocks, p.num_heads, CtaGrid::Longest::kLastRows);
+  launch(backward_q_kernel<Traits, Params>, grid.ctas(), Traits::Tile::kThreads,
+         sizeof(typename Traits::SharedStorage), stream, p, delta, grid);
 }
 
 }  // namespace flash::cuda::simt

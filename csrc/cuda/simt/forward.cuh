@@ -90,7 +90,7 @@ __device__ __forceinline__ void softmax_step(
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::Tile::kThreads)
-    forward_kernel(const __grid_constant__ ForwardParams p, int panels, int blocks) {
+    forward_kernel(const __grid_constant__ ForwardParams p, const CtaGrid grid) {
   using Tile = typename Traits::Tile;
   using Real = typename Traits::Real;
   using Element = typename Traits::Element;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads)
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes);
 
-  const CtaPlace cta = CtaPlace::of(blockIdx.x, panels, blocks, p.num_heads);
+  const CtaPlace cta = CtaPlace::of(blockIdx.x, grid);
   const Sequence q_seq = Sequence::of(p.q_layout, cta.batch);
   const Sequence k_seq = Sequence::of(p.k_layout, cta.batch);
   const int first_q = cta.block * Traits::kRows, first_col = cta.panel * kPanel;
@@ -163,8 +163,9 @@ void launch_forward(const ForwardParams& p, void* stream) {
   using Traits = ForwardTraits<kDType, kPanel, kVariant>;
   const int panels = int(ceil_div(p.head_dim_v > 0 ? p.head_dim_v : 1, kPanel));
   const int blocks = int(ceil_div(p.q_layout.max, Traits::kRows));
-  launch(forward_kernel<Traits>, int64_t(panels) * blocks * p.num_heads * p.batch,
-         Traits::Tile::kThreads, sizeof(typename Traits::SharedStorage), stream, p, panels, blocks);
+  const CtaGrid grid = CtaGrid::of(p, panels, blocks, p.num_heads, CtaGrid::Longest::kLastRows);
+  launch(forward_kernel<Traits>, grid.ctas(), Traits::Tile::kThreads,
+         sizeof(typename Traits::SharedStorage), stream, p, grid);
 }
 
 }  // namespace flash::cuda::simt
