@@ -9,7 +9,7 @@ namespace flash::cuda {
 /// Compiled head-dim buckets of sm80; a problem takes the smallest that holds both head dims.
 inline constexpr int kSm80HeadDims[] = {64, 96, 128, 192, 256};
 
-/// A CTA of simt has 256 threads and 16 bytes of neighbouring rows per thread.
+/// Rows of a tile of simt: 256 threads have 16 bytes of neighbouring rows each, 128 twice as many.
 constexpr int simt_rows(DType dtype) { return dtype == DType::kFloat64 ? 64 : 128; }
 
 /// Columns of an output that one simt CTA computes; wider outputs take several CTAs, each of which
@@ -21,14 +21,35 @@ constexpr int simt_panel(DType dtype, int head_dim) {
   return 128;
 }
 
-/// simt: columns of the tile of scores. Without features 128 gain 5 to 15 % over 64 in fp32 (H100,
-/// head dims 64 and 128, 1k and 4k tokens); elsewhere registers and shared memory hold 64.
+/// simt, backward: columns of the tile of scores. Without features 128 gain 5 to 15 % over 64 in
+/// fp32 (H100, head dims 64 and 128, 1k and 4k tokens); elsewhere registers and shared memory hold
+/// 64.
 ///
-/// fp32, 4k tokens, full, TFLOP/s on one H100, head dims 64 and 128: forward 29.6 and 32.6;
-/// backward with dq added atomically 33.4 and 34.3, deterministic about 24 and 26. torch 2.11's
-/// memory-efficient backend on that card: forward 35.3 and 46.8, backward 34.8 and 35.8.
+/// fp32, 4k tokens, full | causal, TFLOP/s on one H200 with dq added atomically: d 64 36.1 | 34.1,
+/// d 128 36.4 | 34.7 (with asynchronous copies 35.3 | 33.5 and 34.1 | 32.4); torch 2.11's
+/// memory-efficient backend 35.5 | 33.4 and 36.6 | 35.9.
 constexpr int simt_cols(DType dtype, Variant variant) {
   return dtype == DType::kFloat32 && variant == Variant::kPlain ? 128 : 64;
+}
+
+/// simt, forward: warps of a CTA, vectors of 16 bytes of rows that a thread has, keys of a tile,
+/// and CTAs that share a multiprocessor.
+struct SimtForwardTile {
+  int warps, row_vectors, cols, ctas;
+};
+/// fp32, 4k tokens, full | causal, TFLOP/s on one H200, where cuBLAS multiplies fp32 matrices at
+/// 51:
+///   d 64:  4 warps of 8 rows x 64 keys, 2 CTAs 41.1 | 41.5;  without chunks begun ahead of their
+///          product 39.9 | 39.5;  3 CTAs, so 168 registers and spills, 39.9 | 38.9;  x 128 keys
+///          35.2 | 35.8;  8 warps of 4 rows x 128 keys, Q streamed, 1 CTA 29.6 | 28.2
+///   d 128: 4 warps of 8 rows x 64 keys, 2 CTAs 44.6 | 44.3;  without chunks begun ahead
+///          42.7 | 42.4;  K and V through registers, which leaves none to read shared memory ahead,
+///          36.2 | 29.8;  8 warps of 4 rows x 128 keys, Q streamed, 1 CTA 32.5 | 30.3
+/// torch 2.11's memory-efficient backend: 36.0 | 34.0 and 46.1 | 44.4.
+constexpr SimtForwardTile simt_forward_tile(DType dtype, Variant variant) {
+  if (dtype == DType::kFloat32 && variant == Variant::kPlain)
+    return {.warps = 4, .row_vectors = 2, .cols = 64, .ctas = 2};
+  return {.warps = 8, .row_vectors = 1, .cols = 64, .ctas = 1};
 }
 
 /// sm80: rows and keys of a CTA's tiles, its warps, and copies of the streamed tiles in flight.

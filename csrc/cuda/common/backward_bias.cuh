@@ -22,17 +22,18 @@ __device__ __forceinline__ Range walked(int bias_size, int own_index, int count)
 
 /// Adds up the rows of a tile of registers, in a fixed order; the result lands in row 0.
 template <class Traits, class Real>
-__device__ __forceinline__ void sum_rows(Real (&acc)[Traits::Tile::kVec][Traits::kCols / 8],
+__device__ __forceinline__ void sum_rows(Real (&acc)[Traits::Tile::kThreadRows][Traits::kCols / 8],
                                          Real (&per_warp)[8][Traits::kCols]) {
   using Tile = typename Traits::Tile;
 #pragma unroll
   for (int j = 0; j < Traits::kCols / 8; ++j) {
     Real sum = 0;
 #pragma unroll
-    for (int i = 0; i < Tile::kVec; ++i) sum += acc[i][j];
+    for (int i = 0; i < Tile::kThreadRows; ++i) sum += acc[i][j];
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-    if (Tile::first_row() % (4 * Tile::kVec) == 0) per_warp[threadIdx.x / 32][Tile::col(j)] = sum;
+    if (Tile::first_row() % (Tile::kRowLanes * Tile::kThreadRows) == 0)
+      per_warp[threadIdx.x / 32][Tile::col(j)] = sum;
   }
   __syncthreads();
 #pragma unroll
@@ -44,9 +45,10 @@ __device__ __forceinline__ void sum_rows(Real (&acc)[Traits::Tile::kVec][Traits:
 
 /// Adds up the columns of a tile of registers; the result lands in column 0.
 template <class Traits, class Real>
-__device__ __forceinline__ void sum_cols(Real (&acc)[Traits::Tile::kVec][Traits::kCols / 8]) {
+__device__ __forceinline__ void sum_cols(
+    Real (&acc)[Traits::Tile::kThreadRows][Traits::kCols / 8]) {
 #pragma unroll
-  for (int i = 0; i < Traits::Tile::kVec; ++i) {
+  for (int i = 0; i < Traits::Tile::kThreadRows; ++i) {
     Real sum = 0;
 #pragma unroll
     for (int j = 0; j < Traits::kCols / 8; ++j) sum += acc[i][j];
@@ -99,7 +101,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   if (one_col) sum_cols<Traits>(acc);
   const int64_t matrix = int64_t(own_batch) * p.bias_shape[1] + own_head;
 #pragma unroll
-  for (int i = 0; i < Tile::kVec; ++i)
+  for (int i = 0; i < Tile::kThreadRows; ++i)
 #pragma unroll
     for (int j = 0; j < kCols / 8; ++j) {
       const int q = own_row * kRows + Tile::row(i), k = own_col * kCols + Tile::col(j);

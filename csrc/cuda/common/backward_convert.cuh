@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(Tile::kNumThreads)
   __shared__ __align__(128) Element staged[Tile::kElements];
   const SharedTile<Element, Tile::kBlockM, Tile::kHeadDim> sDQ(staged);
 
-  const CtaPlace cta = CtaPlace::of(blockIdx.x, /*panels=*/1, m_blocks, p.num_heads);
+  const CtaPlace cta = CtaPlace::of(blockIdx.x, {1, m_blocks, p.num_heads, p.batch});
   const Sequence sequence = Sequence::of(p.q_layout, cta.batch);
   if (cta.block * Tile::kBlockM >= sequence.length) return;
 

@@ -5,7 +5,7 @@
 
 #include "cuda/common/pair_score.cuh"
 #include "cuda/launch.cuh"
-#include "primitives/fma_tile.cuh"
+#include "primitives/fma_product.cuh"
 
 namespace flash::cuda {
 
@@ -28,10 +28,14 @@ __global__ void __launch_bounds__(kDeltaWarps * 32)
                                       p.head_dim_v);
   const MatrixRows<Real, Element> dout(p.dout.data, p.dout.offset(s, head), p.dout.row_stride,
                                        s.length, p.head_dim_v);
-  const Element *const out_row = out.row_start(row), *const dout_row = dout.row_start(row);
+  const auto vector_of = [&](const MatrixRows<Real, Element>& rows, int d) {
+    const Element* at = rows.data + row * rows.row_stride + d;
+    return rows.aligned ? rows.template load<true>(at, rows.width - d)
+                        : rows.template load<false>(at, rows.width - d);
+  };
   Real sum = 0;
   for (int d = lane * kVec; d < p.head_dim_v; d += 32 * kVec) {
-    const auto x = out.fetch(out_row, d), y = dout.fetch(dout_row, d);
+    const auto x = vector_of(out, d), y = vector_of(dout, d);
 #pragma unroll
     for (int e = 0; e < kVec; ++e) sum += x.x[e] * y.x[e];
   }

@@ -17,8 +17,8 @@ struct PairTraits {
   static constexpr int kRows = Tile::kRows, kThreads = Tile::kThreads;
 
   struct SharedStorage {
-    FmaStages<Real, kCols> stages;
-    ScoreTile<Real, kCols, kVariant> scores;
+    FmaStages<Tile, kCols> stages;
+    ScoreTile<Tile, kCols, kVariant> scores;
     Real per_warp[8][kCols];
   };
 };

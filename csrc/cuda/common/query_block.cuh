@@ -12,11 +12,12 @@ template <class Traits, class Params>
 struct QueryBlock {
   using Element = typename Traits::Element;
   using Real = Accumulator<Element>;
-  using Tile = FmaTile<Real>;
+  using Tile = typename Traits::Tile;
   using Score = PairScore<Element, Traits::kVariant>;
   using Keys = AttendedKeys<Element, Traits::kVariant>;
   using Registers = typename Tile::template Registers<Traits::kCols>;
-  static constexpr int kRows = Tile::kRows, kCols = Traits::kCols, kVec = Tile::kVec;
+  static constexpr int kRows = Tile::kRows, kCols = Traits::kCols;
+  static constexpr int kThreadRows = Tile::kThreadRows;
 
   const Params& p;
   Sequence q_seq, k_seq;
@@ -26,7 +27,7 @@ struct QueryBlock {
   MatrixRows<Real, Element> q;
   MatrixRows<Real, Element, Keys> k;
   BlockRanges range;
-  Real lse[kVec], delta[kVec];
+  Real lse[kThreadRows], delta[kThreadRows];
 
   __device__ __forceinline__ QueryBlock(const Params& p, const RowView& delta_view, int batch,
                                         int head, int block)
@@ -42,7 +43,7 @@ struct QueryBlock {
           Keys{p.features.score_mod, batch, head}),
         range(mask.key_blocks<kRows, kCols>(block)) {
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
+    for (int i = 0; i < kThreadRows; ++i) {
       lse[i] = lse_of<Real>(p.lse, q_seq, head, first_q + Tile::row(i));
       delta[i] = delta_of<Real>(delta_view, q_seq, head, first_q + Tile::row(i));
     }
@@ -58,7 +59,7 @@ struct QueryBlock {
   template <class Stages, class Scores>
   __device__ __forceinline__ void weights(Scores& tile, Stages& stages, int& stage, int n) const {
     Registers dots = {};
-    product_abt<kCols>(dots, stages, stage, q, first_q, k, n * kCols, p.head_dim);
+    product_abt<Tile, kCols>(dots, stages, stage, q, first_q, k, n * kCols, p.head_dim);
     const bool needs_mask = n < range.full.begin || n >= range.full.end;
     tile.write_weights(score, dots, [&](int i, int j) -> TilePlace<Real> {
       const int row = first_q + Tile::row(i), col = n * kCols + Tile::col(j);
@@ -76,7 +77,7 @@ struct QueryBlock {
                                            p.dout.row_stride, q_seq.length, p.head_dim_v);
       const MatrixRows<Real, Element, Keys> v(p.v.data, p.v.offset(k_seq, head_k()), p.v.row_stride,
                                               k_seq.length, p.head_dim_v, k.keep);
-      product_abt<kCols>(acc, stages, stage, dout, first_q, v, n * kCols, p.head_dim_v);
+      product_abt<Tile, kCols>(acc, stages, stage, dout, first_q, v, n * kCols, p.head_dim_v);
     }
   }
   /// dS of one pair, the gradient of its score after the modifications, from P and dP.

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/common/pair_score.cuh"
-#include "primitives/fma_tile.cuh"
+#include "primitives/fma_product.cuh"
 
 namespace flash::cuda {
 
@@ -18,15 +18,15 @@ struct TilePlace {
 /// features the arithmetic of a pair is unrolled over the registers; with them it is a loop over
 /// shared memory: a hundred instructions per pair would neither fit the registers nor the
 /// instruction cache.
-template <class Real, int kCols, Variant kVariant>
+template <class Tile, int kCols, Variant kVariant>
 struct ScoreTile {
-  using Tile = FmaTile<Real>;
+  using Real = typename Tile::Real;
   using Registers = typename Tile::template Registers<kCols>;
   static constexpr bool kGeneral = kVariant == Variant::kGeneral;
 
-  FmaExchange<Real, kCols> exchange;
+  FmaExchange<Tile, kCols> exchange;
   /// Derivatives of the softcap, each thread's own.
-  typename Tile::Vector slopes[kGeneral ? kCols / 8 : 1][kGeneral ? Tile::kThreads : 1];
+  Real slopes[kGeneral ? kCols / 8 : 1][kGeneral ? Tile::kThreads : 1][Tile::kThreadRows];
 
   /// P, signed as PairScore says, from dot products; place(i, j) -> TilePlace.
   template <class Score, class Place>
@@ -43,7 +43,7 @@ struct ScoreTile {
       exchange.update_in_loop([&](int i, int j, Real dot) {
         const TilePlace<Real> at = place(i, j);
         const Real weight = score.signed_weight(dot, at.q, at.k, at.kept, at.lse, slope);
-        if (score.features.score_mod.has_softcap()) slopes[j][threadIdx.x].x[i] = slope;
+        if (score.features.score_mod.has_softcap()) slopes[j][threadIdx.x][i] = slope;
         return weight;
       });
     }
@@ -56,7 +56,7 @@ struct ScoreTile {
       const Real ds = gradient(i, j, weight);
       if constexpr (kGeneral) {
         if (score.features.score_mod.has_softcap())
-          return score.features.score_mod.backward(ds, slopes[j][threadIdx.x].x[i]);
+          return score.features.score_mod.backward(ds, slopes[j][threadIdx.x][i]);
       }
       return ds;
     });

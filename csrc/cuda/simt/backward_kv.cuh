@@ -38,7 +38,7 @@ struct KeyValueTraits : Base {
 
   struct SharedStorage : Base::SharedStorage {
     Real lse[kCols], delta[kCols];  // of the queries of the tile
-    FmaTranspose<Real, kAddsDq ? kCols : 8> transposed;
+    FmaTranspose<typename Base::Tile, kAddsDq ? kCols : 8> transposed;
   };
 };
 
@@ -76,12 +76,12 @@ template <class Traits, class Shared, class Keys>
 __device__ __forceinline__ void add_dq(const DqRows& dq, Shared& shared, int& stage, const Keys& k,
                                        int first_k, int first_q) {
   using Tile = typename Traits::Tile;
-  constexpr int kCols = Traits::kCols, kPanel = Traits::kPanel, kVec = Tile::kVec;
+  constexpr int kCols = Traits::kCols, kPanel = Traits::kPanel;
   if constexpr (kCols == Traits::kRows) {  // a tile of queries x head dim
     typename Tile::template Registers<kPanel> acc = {};
-    product_ab<kPanel>(acc, shared.transposed.tile, shared.stages, stage, k, first_k, 0);
+    product_ab<Tile, kPanel>(acc, shared.transposed, shared.stages.b, stage, k, first_k, 0);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i)
+    for (int i = 0; i < Tile::kThreadRows; ++i)
 #pragma unroll
       for (int j = 0; j < kPanel / 8; j += 4)
         dq.add(first_q + Tile::row(i), Tile::col(j), acc[i][j], acc[i][j + 1], acc[i][j + 2],
@@ -89,7 +89,7 @@ __device__ __forceinline__ void add_dq(const DqRows& dq, Shared& shared, int& st
   } else {  // a tile of head dim x queries
     static_assert(kPanel == Traits::kRows, "the head dim is in the place of the rows");
     typename Tile::template Registers<kCols> acc = {};
-    product_atb<kCols>(acc, k, first_k, shared.stages, stage, shared.transposed.tile);
+    product_atb<Tile, kCols>(acc, k, first_k, shared.stages.a, stage, shared.transposed);
 #pragma unroll
     for (int j = 0; j < kCols / 8; ++j)
       dq.add(first_q + Tile::col(j), Tile::row(0), acc[0][j], acc[1][j], acc[2][j], acc[3][j]);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads)
       }
       __syncthreads();
       Registers acc = {};
-      product_abt<kCols>(acc, shared.stages, stage, k, first_k, q, first_q, p.head_dim);
+      product_abt<Tile, kCols>(acc, shared.stages, stage, k, first_k, q, first_q, p.head_dim);
       shared.scores.write_weights(score, acc, [&](int i, int j) -> TilePlace<Real> {
         const int row = first_k + Tile::row(i), col = first_q + Tile::col(j);
         const bool kept = !needs_mask || mask.keep(row, col);
@@ -152,14 +152,15 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads)
         const MatrixRows<Real, Element> dout(p.dout.data, p.dout.offset(q_seq, head),
                                              p.dout.row_stride, q_seq.length, p.head_dim_v);
         if (p.dv.data)
-          product_ab<kPanel>(acc_dv, shared.scores.exchange.tile, shared.stages, stage, dout,
-                             first_q, first_col,
-                             [&](Real weight) { return score.kept_weight(weight); });
+          product_ab<Tile, kPanel>(acc_dv, shared.scores.exchange, shared.stages.b, stage, dout,
+                                   first_q, first_col,
+                                   [&](Real weight) { return score.kept_weight(weight); });
         if (!p.dk.data) continue;
         const MatrixRows<Real, Element, Keys> v(p.v.data, p.v.offset(k_seq, cta.head),
                                                 p.v.row_stride, k_seq.length, p.head_dim_v, keys);
         fill_registers(acc, Real(0));
-        product_abt<kCols>(acc, shared.stages, stage, v, first_k, dout, first_q, p.head_dim_v);
+        product_abt<Tile, kCols>(acc, shared.stages, stage, v, first_k, dout, first_q,
+                                 p.head_dim_v);
       }
       shared.scores.write_gradients(score, [&](int i, int j, Real weight) {
         const int row = first_k + Tile::row(i), col = first_q + Tile::col(j);
@@ -167,8 +168,8 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads)
         if constexpr (kGiven) dp = given_gradient<Element>(p, {cta.batch, head, col, row});
         return acc[i][j] = score.gradient(weight, dp, shared.delta[Tile::col(j)]);
       });
-      product_ab<kPanel>(acc_dk, shared.scores.exchange.tile, shared.stages, stage, q, first_q,
-                         first_col);
+      product_ab<Tile, kPanel>(acc_dk, shared.scores.exchange, shared.stages.b, stage, q, first_q,
+                               first_col);
       if constexpr (Traits::kAddsDq) {
         shared.transposed.write([&](int i, int j) { return acc[i][j]; });
         __syncthreads();
@@ -180,12 +181,12 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads)
   const Real scale = Real(p.softmax_scale);
   const Real dv_scale = p.features.dropout.enabled() ? Real(p.features.dropout.scale) : Real(1);
   if (p.dk.data)
-    store_rows<kPanel, Real>(static_cast<Element*>(p.dk.data) + p.dk.offset(k_seq, cta.head),
+    store_rows<Tile, kPanel>(static_cast<Element*>(p.dk.data) + p.dk.offset(k_seq, cta.head),
                              p.dk.row_stride, k_seq.length, p.head_dim, first_k, first_col,
                              [&](int i, int j) { return acc_dk[i][j] * scale; });
   if constexpr (!kGiven) {
     if (p.dv.data)
-      store_rows<kPanel, Real>(static_cast<Element*>(p.dv.data) + p.dv.offset(k_seq, cta.head),
+      store_rows<Tile, kPanel>(static_cast<Element*>(p.dv.data) + p.dv.offset(k_seq, cta.head),
                                p.dv.row_stride, k_seq.length, p.head_dim_v, first_k, first_col,
                                [&](int i, int j) { return acc_dv[i][j] * dv_scale; });
   }
@@ -211,11 +212,7 @@ template <class Traits>
 bool may_add_dq(const BackwardParams& p) {
   if (p.deterministic || !p.dq.data || !p.dk.data || !p.dv.data) return false;
   if (p.head_dim > Traits::kPanel || p.head_dim_v > Traits::kPanel) return false;
-  int device = 0, shared_bytes = 0;
-  FLASH_CUDA_CHECK(cudaGetDevice(&device));
-  FLASH_CUDA_CHECK(
-      cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return size_t(shared_bytes) >= sizeof(typename Traits::SharedStorage);
+  return size_t(max_shared_bytes()) >= sizeof(typename Traits::SharedStorage);
 }
 
 template <DType kDType, int kPanel, Variant kVariant>

@@ -28,8 +28,8 @@ struct BackwardTraits {
   static_assert(kRows == simt_rows(kDType), "the host counts row blocks by simt_rows");
 
   struct SharedStorage {
-    FmaStages<Real, (kCols > kPanel ? kCols : kPanel)> stages;
-    ScoreTile<Real, kCols, kVariant> scores;
+    FmaStages<Tile, (kCols > kPanel ? kCols : kPanel)> stages;
+    ScoreTile<Tile, kCols, kVariant> scores;
   };
 };
 
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads)
   using Real = typename Traits::Real;
   using Element = typename Traits::Element;
   using Block = QueryBlock<Traits, Params>;
-  constexpr int kCols = Traits::kCols, kPanel = Traits::kPanel, kVec = Tile::kVec;
+  constexpr int kCols = Traits::kCols, kPanel = Traits::kPanel;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes);
 
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads)
   if (block.is_empty()) return;
 
   typename Tile::template Registers<kPanel> acc_dq = {};
-  Real ds_sum[kVec] = {};
+  Real ds_sum[Tile::kThreadRows] = {};
   int stage = 0;
 #pragma unroll 1
   for (int n = block.range.visit.begin; n < block.range.visit.end; ++n) {
@@ -62,15 +62,15 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads)
       return ds;
     });
     if (p.dq.data)
-      product_ab<kPanel>(acc_dq, shared.scores.exchange.tile, shared.stages, stage, block.k,
-                         n * kCols, cta.panel * kPanel);
+      product_ab<Tile, kPanel>(acc_dq, shared.scores.exchange, shared.stages.b, stage, block.k,
+                               n * kCols, cta.panel * kPanel);
   }
 
   if constexpr (kGradientIsGiven<Params>) {
     if (p.dlse.data && cta.panel == 0) {
       Real* dlse = static_cast<Real*>(p.dlse.data) + p.dlse.offset(block.q_seq, cta.head);
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
+      for (int i = 0; i < Tile::kThreadRows; ++i) {
         const Real sum = reduce_row(ds_sum[i], [](Real a, Real b) { return a + b; });
         const int row = block.first_q + Tile::row(i);
         if (Tile::first_col() == 0 && row < block.q_seq.length) dlse[row] = -sum;
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(Traits::Tile::kThreads)
     }
   }
   if (!p.dq.data) return;
-  store_rows<kPanel, Real>(static_cast<Element*>(p.dq.data) + p.dq.offset(block.q_seq, cta.head),
+  store_rows<Tile, kPanel>(static_cast<Element*>(p.dq.data) + p.dq.offset(block.q_seq, cta.head),
                            p.dq.row_stride, block.q_seq.length, p.head_dim, block.first_q,
                            cta.panel * kPanel,
                            [&](int i, int j) { return acc_dq[i][j] * block.score.scale; });

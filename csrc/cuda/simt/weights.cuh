@@ -10,6 +10,7 @@ namespace flash::cuda::simt {
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads)
     weights_kernel(const __grid_constant__ WeightsParams p, int row_blocks, int col_blocks) {
+  using Tile = typename Traits::Tile;
   using Real = typename Traits::Real;
   using Element = typename Traits::Element;
   using Block = QueryBlock<Traits, WeightsParams>;
@@ -38,7 +39,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
       return weight;
     });
   }
-  store_rows<kCols, Real>(
+  store_rows<Tile, kCols>(
       static_cast<Element*>(p.weights) + matrix * p.q_layout.max * p.k_layout.max, p.k_layout.max,
       p.q_layout.max, p.k_layout.max, m * Traits::kRows, n * kCols,
       [&](int i, int j) { return acc[i][j] / Real(heads); });

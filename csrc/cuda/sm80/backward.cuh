@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes);
 
   const bool is_dv_part = blockIdx.x % kParts == 0, is_dk_part = blockIdx.x % kParts == kParts - 1;
-  const CtaPlace cta = CtaPlace::of(blockIdx.x / kParts, /*panels=*/1, n_blocks, p.num_heads_k);
+  const CtaPlace cta = CtaPlace::of(blockIdx.x / kParts, {1, n_blocks, p.num_heads_k, p.batch});
   const bool in_order = p.deterministic && p.dq.data;
   const int n_block = in_order ? cta.block : n_blocks - 1 - cta.block, n_begin = n_block * kBlockN;
   const Sequence q_sequence = Sequence::of(p.q_layout, cta.batch);

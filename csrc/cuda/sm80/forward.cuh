@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes);
 
-  const CtaPlace cta = CtaPlace::of(blockIdx.x, /*panels=*/1, m_blocks, p.num_heads);
+  const CtaPlace cta = CtaPlace::of(blockIdx.x, {1, m_blocks, p.num_heads, p.batch});
   const Sequence q_sequence = Sequence::of(p.q_layout, cta.batch);
   const Sequence k_sequence = Sequence::of(p.k_layout, cta.batch);
   const int m_begin = cta.block * kBlockM;

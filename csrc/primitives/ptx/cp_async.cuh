@@ -15,6 +15,18 @@ FLASH_DEVICE void cp_async_16(uint32_t shared, const void* global, bool valid) {
                : "memory");
 }
 
+/// kBytes of 4, 8 or 16, to which both addresses are aligned. Fewer than 16 go through L1.
+template <int kBytes>
+FLASH_DEVICE void cp_async(uint32_t shared, const void* global, bool valid) {
+  if constexpr (kBytes == 16) {
+    cp_async_16(shared, global, valid);
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global),
+                 "n"(kBytes), "r"(valid ? kBytes : 0)
+                 : "memory");
+  }
+}
+
 FLASH_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 /// Until at most kPending of this thread's latest groups are still under way.
@@ -22,5 +34,7 @@ template <int kPending>
 FLASH_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+/// Until all copies of this thread are done, committed or not.
+FLASH_DEVICE void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 }  // namespace flash
