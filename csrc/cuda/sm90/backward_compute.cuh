@@ -65,9 +65,9 @@ struct BackwardCompute {
                                bool is_masked) {
     const int stage = ring.stage;
     ptx::mbarrier_wait(&shared.q_full[stage], ring.parity);
-    issue_keys_by_queries<Traits>(accS, sK, shared.q[stage]);
+    issue_rows_by_rows<Element, kHeadDim, kBlockN, kBlockM>(accS, sK, shared.q[stage]);
     ptx::mbarrier_wait(&shared.dout_full[stage], ring.parity);
-    issue_keys_by_queries<Traits>(accdP, sV, shared.dout[stage]);
+    issue_rows_by_rows<Element, kHeadDim, kBlockN, kBlockM>(accdP, sV, shared.dout[stage]);
     ptx::wgmma_wait<1>();
     ptx::pin(accS);
     if (is_masked) mask_scores<kBlockM>(mask, accS, m_block, key);
@@ -86,7 +86,7 @@ struct BackwardCompute {
     scores_gradient<kBlockM>(accS, accdP, shared.delta[stage]);
     to_fragment<Element>(rdS, accdP);
     put_ds<kBlockM>(ds_chunk(stage), rdS, warp);
-    issue_keys_by_depth<Traits>(accdV, rP, shared.dout[stage]);
+    issue_fragment_by_rows<Element, kHeadDim, kBlockM>(accdV, rP, shared.dout[stage]);
     ptx::fence_proxy_async();
     ptx::named_barrier_sync(barrier_of(NamedBarrier::kDsWritten, 0), 256);
     if constexpr (kOwnsDq) {
@@ -95,7 +95,7 @@ struct BackwardCompute {
       ptx::wgmma_wait<1>();
       ptx::pin(accdV), ptx::pin(rP);
       release(&shared.dout_empty[stage]);
-      issue_keys_by_depth<Traits>(accdK, rdS, shared.q[stage]);
+      issue_fragment_by_rows<Element, kHeadDim, kBlockM>(accdK, rdS, shared.q[stage]);
       ptx::wgmma_wait<1>();
       ptx::pin(accdQ);
       if (is_last) release(&shared.k_empty);
@@ -105,7 +105,7 @@ struct BackwardCompute {
       ptx::pin(accdV), ptx::pin(rP);
       release(&shared.dout_empty[stage]);
       if (is_last) release(&shared.k_empty);
-      issue_keys_by_depth<Traits>(accdK, rdS, shared.q[stage]);
+      issue_fragment_by_rows<Element, kHeadDim, kBlockM>(accdK, rdS, shared.q[stage]);
     }
     ptx::wgmma_wait<0>();
     ptx::pin(accdK), ptx::pin(rdS);
@@ -127,7 +127,7 @@ struct BackwardCompute {
       scores_gradient_16<Element, kBlockM>(rP, accdP, shared.delta[stage]);
       to_fragment<Element>(rdS, accdP);
       put_ds<kBlockM>(ds_chunk(stage), rdS, warp);
-      issue_keys_by_depth<Traits>(accdV, rP, shared.dout[stage]);
+      issue_fragment_by_rows<Element, kHeadDim, kBlockM>(accdV, rP, shared.dout[stage]);
       ptx::fence_proxy_async();
     };
     if constexpr (kIsFirst) {
@@ -145,7 +145,7 @@ struct BackwardCompute {
       release(&shared.ds_full[stage]);  // here: dQ(m - 1) no longer reads the buffer of dS(m + 1)
       put_dq<Traits>(shared, accdQ, kWarpgroup);
     }
-    issue_keys_by_depth<Traits>(accdK, rdS, shared.q[stage]);
+    issue_fragment_by_rows<Element, kHeadDim, kBlockM>(accdK, rdS, shared.q[stage]);
     ptx::wgmma_wait<0>();  // dK in flight over the back-edge would serialise (C7512)
     ptx::pin(accdV), ptx::pin(rP), ptx::pin(accdK), ptx::pin(rdS);
     release(&shared.dout_empty[stage]);
@@ -202,9 +202,11 @@ struct BackwardCompute {
 #pragma unroll 1
         for (int g = 0; g < p.gqa_ratio(); ++g) run_head(tile, g + 1 == p.gqa_ratio());
       }
-      store_key_rows<Traits>(p.dv, tile, accdV, 1.f, key, p.k_layout.max, p.head_dim_v);
-      store_key_rows<Traits>(p.dk, tile, accdK, static_cast<float>(p.softmax_scale), key,
-                             p.k_layout.max, p.head_dim);
+      store_rows<Element, kHeadDim>(p.dv, tile.batch, tile.head_k, accdV, 1.f, key, p.k_layout.max,
+                                    p.head_dim_v);
+      store_rows<Element, kHeadDim>(p.dk, tile.batch, tile.head_k, accdK,
+                                    static_cast<float>(p.softmax_scale), key, p.k_layout.max,
+                                    p.head_dim);
     }
   }
 };

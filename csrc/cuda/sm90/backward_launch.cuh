@@ -27,23 +27,28 @@ inline BackwardSchedule make_backward_schedule(const BackwardPlan& plan, bool de
   schedule.delta = static_cast<float*>(at(plan.delta_at));
   schedule.dq_sums = static_cast<float*>(at(plan.dq_sums_at));
   schedule.next_tile = static_cast<int*>(at(plan.counters_at));
-  schedule.arrivals = schedule.next_tile + 1;
+  schedule.arrivals = schedule.next_tile + 2;
   schedule.cleared = schedule.arrivals + int64_t{plan.dq_slots} * plan.num_m_blocks;
   return schedule;
+}
+
+template <class Traits>
+BackwardMaps make_backward_maps(const BackwardParams& p) {
+  const TensorShape q{p.batch, p.num_heads, p.q_layout.max, p.head_dim};
+  const TensorShape k{p.batch, p.num_heads_k, p.k_layout.max, p.head_dim};
+  const TensorShape v{p.batch, p.num_heads_k, p.k_layout.max, p.head_dim_v};
+  const TensorShape dout{p.batch, p.num_heads, p.q_layout.max, p.head_dim_v};
+  return {make_tensor_map(p.dtype, p.q, q, Traits::kBlockM),
+          make_tensor_map(p.dtype, p.k, k, Traits::kBlockN),
+          make_tensor_map(p.dtype, p.v, v, Traits::kBlockN),
+          make_tensor_map(p.dtype, p.dout, dout, Traits::kBlockM)};
 }
 
 template <class Traits>
 void launch_backward_traits(const BackwardParams& p, const BackwardPlan& plan, void* workspace,
                             void* stream) {
   const BackwardSchedule schedule = make_backward_schedule(plan, p.deterministic, workspace);
-  const TensorShape q{p.batch, p.num_heads, p.q_layout.max, p.head_dim};
-  const TensorShape k{p.batch, p.num_heads_k, p.k_layout.max, p.head_dim};
-  const TensorShape v{p.batch, p.num_heads_k, p.k_layout.max, p.head_dim_v};
-  const TensorShape dout{p.batch, p.num_heads, p.q_layout.max, p.head_dim_v};
-  const BackwardMaps maps{make_tensor_map(p.dtype, p.q, q, Traits::kBlockM),
-                          make_tensor_map(p.dtype, p.k, k, Traits::kBlockN),
-                          make_tensor_map(p.dtype, p.v, v, Traits::kBlockN),
-                          make_tensor_map(p.dtype, p.dout, dout, Traits::kBlockM)};
+  const BackwardMaps maps = make_backward_maps<Traits>(p);
   const int64_t query_blocks = int64_t{p.batch} * p.num_heads * plan.num_m_blocks;
   launch(prepare_kernel<Traits>, query_blocks, 256, 0, stream, p, schedule);
   launch(backward_kernel<Traits>, std::min(plan.num_tiles, num_multiprocessors()), Traits::kThreads,

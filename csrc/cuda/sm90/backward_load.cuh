@@ -11,14 +11,24 @@ struct BackwardMaps {
 };
 
 /// Rows [row, + rows) of one head; the bytes are counted on `full`, which expects them.
-template <class Traits>
+template <int kChunks>
 FLASH_DEVICE void load_rows(const CUtensorMap& map, const uint16_t* tile, uint64_t* full, int rows,
                             int row, int head, int batch, uint64_t policy) {
 #pragma unroll
-  for (int c = 0; c < Traits::kChunks; ++c) {
+  for (int c = 0; c < kChunks; ++c) {
     ptx::tma_load_4d(shared_address(tile) + c * rows * 128, map, full, c * 64, row, head, batch,
                      policy);
   }
+}
+
+/// Tells the consumers the next tile, or that there are no more: false.
+template <class Shared>
+FLASH_DEVICE bool publish_tile(Shared& shared, Ring<2>& slot, int index, int num_tiles) {
+  ptx::mbarrier_wait(&shared.tile_empty[slot.stage], slot.parity ^ 1);
+  shared.tile[slot.stage] = index < num_tiles ? index : -1;
+  ptx::mbarrier_arrive(&shared.tile_full[slot.stage]);
+  slot.advance();
+  return index < num_tiles;
 }
 
 /// Per tile and block of queries: Q with lse, dO with delta; K and V after the first of them,
@@ -29,16 +39,12 @@ FLASH_DEVICE void load_backward_tiles(const BackwardMaps& maps, const BackwardPa
                                       const BackwardSchedule& schedule,
                                       typename Traits::SharedStorage& shared) {
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
-  constexpr int kBlockBytes = kBlockM * Traits::kHeadDim * 2 + kBlockM * 4;
-  constexpr int kKeyBytes = kBlockN * Traits::kHeadDim * 2;
-  Ring<2> ring, slot;
+  constexpr int kRowBytes = Traits::kChunks * 128, kRowBytesV = Traits::kChunksV * 128;
+  Ring<Traits::kStages> ring;
+  Ring<2> slot;
   int kv_parity = 1, index = blockIdx.x;
   while (true) {
-    ptx::mbarrier_wait(&shared.tile_empty[slot.stage], slot.parity ^ 1);
-    shared.tile[slot.stage] = index < schedule.num_tiles ? index : -1;
-    ptx::mbarrier_arrive(&shared.tile_full[slot.stage]);
-    slot.advance();
-    if (index >= schedule.num_tiles) return;
+    if (!publish_tile(shared, slot, index, schedule.num_tiles)) return;
     const BackwardTileId tile = backward_tile<Traits>(p, schedule, index);
     bool is_first = true;
     for (int g = 0; g < p.gqa_ratio(); ++g) {
@@ -50,28 +56,30 @@ FLASH_DEVICE void load_backward_tiles(const BackwardMaps& maps, const BackwardPa
         const int row = m_block * kBlockM;
         uint64_t* q_full = &shared.q_full[ring.stage];
         ptx::mbarrier_wait(&shared.q_empty[ring.stage], ring.parity ^ 1);
-        ptx::mbarrier_expect_bytes(q_full, kBlockBytes);
-        load_rows<Traits>(maps.q, shared.q[ring.stage], q_full, kBlockM, row, head, tile.batch,
-                          ptx::kEvictLast);
+        ptx::mbarrier_expect_bytes(q_full, kBlockM * (kRowBytes + 4));
+        load_rows<Traits::kChunks>(maps.q, shared.q[ring.stage], q_full, kBlockM, row, head,
+                                   tile.batch, ptx::kEvictLast);
         ptx::bulk_load(shared_address(shared.lse_log2[ring.stage]), schedule.lse_log2 + rows + row,
                        kBlockM * 4, q_full);
         uint64_t* dout_full = &shared.dout_full[ring.stage];
         ptx::mbarrier_wait(&shared.dout_empty[ring.stage], ring.parity ^ 1);
-        ptx::mbarrier_expect_bytes(dout_full, kBlockBytes);
-        load_rows<Traits>(maps.dout, shared.dout[ring.stage], dout_full, kBlockM, row, head,
-                          tile.batch, ptx::kEvictLast);
+        ptx::mbarrier_expect_bytes(dout_full, kBlockM * (kRowBytesV + 4));
+        load_rows<Traits::kChunksV>(maps.dout, shared.dout[ring.stage], dout_full, kBlockM, row,
+                                    head, tile.batch, ptx::kEvictLast);
         ptx::bulk_load(shared_address(shared.delta[ring.stage]), schedule.delta + rows + row,
                        kBlockM * 4, dout_full);
         ring.advance();
         if (!is_first) continue;
         ptx::mbarrier_wait(&shared.v_empty, kv_parity);
-        ptx::mbarrier_expect_bytes(&shared.v_full, kKeyBytes);
-        load_rows<Traits>(maps.v, shared.v, &shared.v_full, kBlockN, tile.n_block * kBlockN,
-                          tile.head_k, tile.batch, ptx::kEvictFirst);
+        ptx::mbarrier_expect_bytes(&shared.v_full, kBlockN * kRowBytesV);
+        load_rows<Traits::kChunksV>(maps.v, shared.v, &shared.v_full, kBlockN,
+                                    tile.n_block * kBlockN, tile.head_k, tile.batch,
+                                    ptx::kEvictFirst);
         ptx::mbarrier_wait(&shared.k_empty, kv_parity);
-        ptx::mbarrier_expect_bytes(&shared.k_full, kKeyBytes);
-        load_rows<Traits>(maps.k, shared.k, &shared.k_full, kBlockN, tile.n_block * kBlockN,
-                          tile.head_k, tile.batch, ptx::kEvictFirst);
+        ptx::mbarrier_expect_bytes(&shared.k_full, kBlockN * kRowBytes);
+        load_rows<Traits::kChunks>(maps.k, shared.k, &shared.k_full, kBlockN,
+                                   tile.n_block * kBlockN, tile.head_k, tile.batch,
+                                   ptx::kEvictFirst);
         kv_parity ^= 1;
         is_first = false;
       }

@@ -13,38 +13,38 @@
 
 namespace flash::cuda::sm90 {
 
-/// acc[64 keys x kBlockM queries] = A B^T: S^T = K Q^T or dP^T = V dO^T; one group of products.
-template <class Traits>
-FLASH_DEVICE void issue_keys_by_queries(float (&acc)[Traits::kBlockM / 2], uint32_t keys,
-                                        const uint16_t* queries) {
+/// acc[64 x kRowsB] = A B^T over kDepth columns, such as S^T = K Q^T; one group of products. A is
+/// 64 rows of a tile of kRowsA, B a whole tile.
+template <class Element, int kDepth, int kRowsA, int kRowsB>
+FLASH_DEVICE void issue_rows_by_rows(float (&acc)[kRowsB / 2], uint32_t rows_a,
+                                     const uint16_t* rows_b) {
   constexpr uint64_t kLayout = ptx::descriptor_layout(16, 1024);
-  const uint64_t a = ptx::descriptor(kLayout, keys);
-  const uint64_t b = ptx::descriptor(kLayout, shared_address(queries));
+  const uint64_t a = ptx::descriptor(kLayout, rows_a);
+  const uint64_t b = ptx::descriptor(kLayout, shared_address(rows_b));
   ptx::pin(acc);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < Traits::kHeadDim / 16; ++i) {
-    ptx::Wgmma<typename Traits::Element, Traits::kBlockM>::template ss<0, 0>(
-        acc, ptx::advance(a, ptx::k_major_step(i, Traits::kBlockN)),
-        ptx::advance(b, ptx::k_major_step(i, Traits::kBlockM)), i > 0);
+  for (int i = 0; i < kDepth / 16; ++i) {
+    ptx::Wgmma<Element, kRowsB>::template ss<0, 0>(
+        acc, ptx::advance(a, ptx::k_major_step(i, kRowsA)),
+        ptx::advance(b, ptx::k_major_step(i, kRowsB)), i > 0);
   }
   ptx::wgmma_commit();
 }
 
-/// acc[64 keys x kHeadDim] += fragment rows: dV += P^T dO or dK += dS^T Q; one group.
-template <class Traits>
-FLASH_DEVICE void issue_keys_by_depth(float (&acc)[Traits::kHeadDim / 2],
-                                      uint32_t (&fragment)[Traits::kBlockM / 4],
-                                      const uint16_t* rows) {
+/// acc[64 x kColumns] += fragment[64 x kRows] B, such as dV += P^T dO; one group. B is a tile.
+template <class Element, int kColumns, int kRows>
+FLASH_DEVICE void issue_fragment_by_rows(float (&acc)[kColumns / 2],
+                                         uint32_t (&fragment)[kRows / 4], const uint16_t* rows) {
   const uint64_t b =
-      ptx::descriptor(ptx::descriptor_layout(Traits::kBlockM * 128, 1024), shared_address(rows));
+      ptx::descriptor(ptx::descriptor_layout(kRows * 128, 1024), shared_address(rows));
   ptx::pin(acc);
   ptx::pin(fragment);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < Traits::kBlockM / 16; ++i) {
-    ptx::Wgmma<typename Traits::Element, Traits::kHeadDim>::template rs<1>(
-        acc, &fragment[4 * i], ptx::advance(b, ptx::mn_major_step(i)), 1);
+  for (int i = 0; i < kRows / 16; ++i) {
+    ptx::Wgmma<Element, kColumns>::template rs<1>(acc, &fragment[4 * i],
+                                                  ptx::advance(b, ptx::mn_major_step(i)), 1);
   }
   ptx::wgmma_commit();
 }
@@ -70,21 +70,21 @@ FLASH_DEVICE void issue_dq(float (&acc)[Traits::kDqN / 2], const uint16_t* ds, c
   ptx::wgmma_commit();
 }
 
-/// S^T = -inf where the mask drops the pair. `key` is the first of this thread's two keys.
-template <int kBlockM>
-FLASH_DEVICE void mask_scores(const IntervalMask& transposed, float (&accS)[kBlockM / 2],
-                              int m_block, int key) {
-  const int first_query = m_block * kBlockM + (threadIdx.x & 3) * 2;
+/// S = -inf where the mask drops the pair. Rows and columns are those of the mask: S^T takes the
+/// transposed one. `row` is the first of this thread's two rows.
+template <int kColumns>
+FLASH_DEVICE void mask_scores(const IntervalMask& mask, float (&accS)[kColumns / 2], int block,
+                              int row) {
+  const int first_column = block * kColumns + (threadIdx.x & 3) * 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int k = key + 8 * r;
-    const bool exists = k < transposed.seqlen_q;  // rows of the transposed mask are keys
-    const int begin = exists ? transposed.key_begin(k) - first_query : 0;
-    const int end = exists ? transposed.key_end(k) - first_query : 0;
+    const bool exists = row + 8 * r < mask.seqlen_q;
+    const int begin = exists ? mask.key_begin(row + 8 * r) - first_column : 0;
+    const int end = exists ? mask.key_end(row + 8 * r) - first_column : 0;
 #pragma unroll
-    for (int j = 0; j < kBlockM / 4; ++j) {
-      const int query = j / 2 * 8 + j % 2;
-      if (query < begin || query >= end) accS[j / 2 * 4 + r * 2 + j % 2] = -INFINITY;
+    for (int j = 0; j < kColumns / 4; ++j) {
+      const int column = j / 2 * 8 + j % 2;
+      if (column < begin || column >= end) accS[j / 2 * 4 + r * 2 + j % 2] = -INFINITY;
     }
   }
 }
@@ -169,28 +169,28 @@ FLASH_DEVICE void transpose_quad(uint32_t (&v)[4]) {
   }
 }
 
-/// scale * acc to dK or dV of one key head, 16 bytes per lane and row. `key` as in mask_scores.
-template <class Traits>
-FLASH_DEVICE void store_key_rows(const TensorView& gradient, const BackwardTileId& tile,
-                                 const float (&acc)[Traits::kHeadDim / 2], float scale, int key,
-                                 int seqlen_k, int columns) {
+/// scale * acc to rows of a gradient of one head, 16 bytes per lane and row. `row` as in
+/// mask_scores; what lies beyond num_rows and columns is not written.
+template <class Element, int kColumns>
+FLASH_DEVICE void store_rows(const TensorView& gradient, int batch, int head,
+                             const float (&acc)[kColumns / 2], float scale, int row, int num_rows,
+                             int columns) {
   if (!gradient.data) return;
   const int column = (threadIdx.x & 3) * 8;
-  auto* to = static_cast<uint16_t*>(gradient.data) +
-             gradient.offset({0, tile.batch, seqlen_k}, tile.head_k) + key * gradient.row_stride +
-             column;
+  auto* to = static_cast<uint16_t*>(gradient.data) + gradient.offset({0, batch, num_rows}, head) +
+             row * gradient.row_stride + column;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
 #pragma unroll
-    for (int c = 0; c < Traits::kHeadDim / 32; ++c) {
+    for (int c = 0; c < kColumns / 32; ++c) {
       uint32_t v[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int i = (c * 4 + j) * 4 + r * 2;
-        v[j] = pack<typename Traits::Element>(acc[i] * scale, acc[i + 1] * scale);
+        v[j] = pack<Element>(acc[i] * scale, acc[i + 1] * scale);
       }
       transpose_quad(v);
-      if (key + r * 8 < seqlen_k && column + c * 32 < columns)
+      if (row + r * 8 < num_rows && column + c * 32 < columns)
         *reinterpret_cast<uint4*>(to + r * 8 * gradient.row_stride + c * 32) =
             uint4{v[0], v[1], v[2], v[3]};
     }

@@ -2,28 +2,34 @@
 // The kernels before and after the main one.
 #pragma once
 
+#include <bit>
+
 #include "cuda/sm90/backward_dq.cuh"
 
 namespace flash::cuda::sm90 {
 
-/// delta = rowsum(dO o O) - dLSE, lse log2 e, and zeros in the sums of dQ and in the counters. One
-/// CTA per block of queries and head. Rows that keep nothing (an infinite lse) get +inf: P = 0.
+/// delta = rowsum(dO o O) - dLSE, lse log2 e, and zeros in the sums of dQ (if there are any) and in
+/// the counters. One CTA per block of queries and head. Rows that keep nothing (an infinite lse)
+/// get +inf: P = 0.
 template <class Traits>
 __global__ void __launch_bounds__(256)
     prepare_kernel(const __grid_constant__ BackwardParams p,
                    const __grid_constant__ BackwardSchedule schedule) {
   using Element = typename Traits::Element;
-  constexpr int kBlockM = Traits::kBlockM, kLanes = Traits::kHeadDim / 8;
+  constexpr int kBlockM = Traits::kBlockM;
+  constexpr int kLanes = std::bit_ceil(unsigned(Traits::kChunksV) * 8);  // of 8 columns
   const int m_block = blockIdx.x % schedule.num_m_blocks;
   const int head = blockIdx.x / schedule.num_m_blocks;  // of the whole batch
   const int64_t block = blockIdx.x;
-  if (head < schedule.dq_slots) {
-    auto* sums = reinterpret_cast<float4*>(schedule.dq_sums + block * Traits::kDqSize);
-    for (int i = threadIdx.x; i < Traits::kDqSize / 4; i += blockDim.x) sums[i] = float4{};
-    if (threadIdx.x == 0) {
-      schedule.arrivals[block] = 0;
-      if (m_block == 0) schedule.cleared[head] = 0;
-      if (block == 0) *schedule.next_tile = 0;
+  if (block == 0 && threadIdx.x < 2) schedule.next_tile[threadIdx.x] = 0;
+  if constexpr (Traits::kSumsDq) {
+    if (head < schedule.dq_slots) {
+      auto* sums = reinterpret_cast<float4*>(schedule.dq_sums + block * Traits::kDqSize);
+      for (int i = threadIdx.x; i < Traits::kDqSize / 4; i += blockDim.x) sums[i] = float4{};
+      if (threadIdx.x == 0) {
+        schedule.arrivals[block] = 0;
+        if (m_block == 0) schedule.cleared[head] = 0;
+      }
     }
   }
   const Sequence rows{0, head / p.num_heads, p.q_layout.max};

@@ -36,7 +36,8 @@ struct BackwardTraits : Tile {
   using Element = Element_;
   using Tile::kBlockM, Tile::kDqOwner, Tile::kDqOrder;
   static constexpr int kHeadDim = kHeadDim_, kBlockN = 128, kStages = 2, kThreads = 384;
-  static constexpr int kChunks = kHeadDim / 64;
+  static constexpr bool kSumsDq = true;                                     // in global memory
+  static constexpr int kChunks = (kHeadDim + 63) / 64, kChunksV = kChunks;  // of 64 columns
   // Share of one warpgroup in dQ of a block, 64 x kDqN: half of the rows if there are 128, else
   // half of the columns, or all of it.
   static constexpr bool kDqSplitsRows = kBlockM == 128;
@@ -54,14 +55,14 @@ struct BackwardTraits : Tile {
   static constexpr int kSecondRegisters = kIsTight                               ? 240
                                           : kDqOwner == DqOwner::kBothWarpgroups ? 232
                                                                                  : 224;
-  static_assert(kDqSlices * kSliceSize == kDqSize && kDqN % 64 == 0,
-                "the slices of dQ must cover it in whole chunks");
+  static_assert(kDqSlices * kSliceSize == kDqSize && (kDqN == kHeadDim || kDqN % 64 == 0),
+                "the slices of dQ must cover it and begin with a chunk");
 
   struct SharedStorage {
-    uint16_t k[kBlockN * kHeadDim];
-    uint16_t v[kBlockN * kHeadDim];
-    uint16_t q[kStages][kBlockM * kHeadDim];
-    uint16_t dout[kStages][kBlockM * kHeadDim];
+    uint16_t k[kBlockN * kChunks * 64];
+    uint16_t v[kBlockN * kChunks * 64];
+    uint16_t q[kStages][kBlockM * kChunks * 64];
+    uint16_t dout[kStages][kBlockM * kChunks * 64];
     uint16_t ds[kStages][kBlockM * kBlockN];  // rows = queries; chunk w = the keys of warpgroup w
     float dq[kDqSize];                        // on its way to global memory
     float half_dq[2][kDqSize / 2];            // being converted
@@ -90,7 +91,7 @@ struct BackwardSchedule {
   bool last_first;          ///< ordered causal: the last key block of a head first
   float *lse_log2, *delta;  ///< (batch, num_heads, num_m_blocks * kBlockM): +inf, 0 in padding
   float* dq_sums;           ///< (dq_slots, num_m_blocks, kDqSize) in register order
-  int* next_tile;           ///< 0 at launch
+  int* next_tile;           ///< [2], 0 at launch; the second counts the tiles of queries_kernel
   int* arrivals;            ///< (dq_slots, num_m_blocks), 0 at launch: additions to dQ
   int* cleared;  ///< (dq_slots), 0 at launch: halves of query blocks converted and cleared
 };
