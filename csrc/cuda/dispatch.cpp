@@ -170,7 +170,7 @@ int64_t backward_workspace_bytes(const BackwardParams& p, int) {
 }
 
 void backward_sm90(const KernelSpec& spec, const BackwardParams& p, void* workspace, void* stream) {
-  dispatch_value<64, 128>("head_dim", spec.head_dim, [&]<int kHeadDim> {
+  dispatch_value<64, 96, 128, 192, 256>("head_dim", spec.head_dim, [&]<int kHeadDim> {
     sm90::launch_backward<kHeadDim>(p, workspace, stream);
   });
 }

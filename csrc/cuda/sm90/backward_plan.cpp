@@ -10,7 +10,10 @@ namespace {
 
 BackwardRow choose_row(const BackwardParams& p) {
   const int length = p.k_layout.max;
-  if (backward_head_dim(p) == 64)
+  const int head_dim = backward_head_dim(p);
+  if (head_dim > 128) return BackwardRow::kWide;
+  if (head_dim == 96) return BackwardRow::kD128;
+  if (head_dim == 64)
     return length <= (is_causal(p) ? 1024 : 512) ? BackwardRow::kD64Short : BackwardRow::kD64;
   if (is_causal(p))
     return length > 1024 && length < 8192 ? BackwardRow::kD128Short : BackwardRow::kD128;
@@ -20,30 +23,32 @@ BackwardRow choose_row(const BackwardParams& p) {
 }  // namespace
 
 BackwardPlan make_backward_plan(const BackwardParams& p) {
-  constexpr int kBlockN = 128;
   const auto round_up = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
   const int head_dim = backward_head_dim(p);
   BackwardPlan plan{};
   plan.row = choose_row(p);
-  plan.block_m = head_dim == 64 ? 128 : 64;
-  plan.num_m_blocks = (p.q_layout.max + plan.block_m - 1) / plan.block_m;
-  plan.num_n_blocks = (p.k_layout.max + kBlockN - 1) / kBlockN;
+  const bool is_wide = plan.row == BackwardRow::kWide;
+  const int block_m = head_dim == 64 ? 128 : 64, block_n = is_wide ? 64 : 128;
+  plan.num_m_blocks = (p.q_layout.max + block_m - 1) / block_m;
+  plan.num_n_blocks = (p.k_layout.max + block_n - 1) / block_n;
   plan.num_tiles = plan.num_n_blocks * p.num_heads_k * p.batch;
-  plan.last_first = p.deterministic && is_causal(p);
+  // A wide head has one writer for each result, and its blocks of queries come in pairs.
+  plan.num_m_blocks += is_wide && plan.num_m_blocks % 2 != 0;
+  plan.last_first = p.deterministic && is_causal(p) && !is_wide;
   // Conversion by a kernel of its own wins at head dim 128, causal, up to 1k (312 against 290).
   plan.fused = !(plan.row == BackwardRow::kD128 && is_causal(p) && p.k_layout.max <= 1024);
   const int heads = p.batch * p.num_heads;
-  plan.dq_slots = heads;
-  if (plan.fused) {
+  plan.dq_slots = is_wide ? 0 : heads;
+  if (plan.fused && !is_wide) {
     // Heads in work at a time (the longest tile of a causal head is twice the mean one), and as
     // many being converted. With half of that, tiles wait: 445 instead of 528 at causal 4k.
     const int in_work =
         (is_causal(p) ? 2 : 1) * num_multiprocessors() / std::max(plan.num_n_blocks, 1) + 1;
     plan.dq_slots = std::min(heads, (in_work * 2 + 1) * p.gqa_ratio());
   }
-  const int64_t rows = int64_t{heads} * plan.num_m_blocks * plan.block_m;
-  const int64_t sums = int64_t{plan.dq_slots} * plan.num_m_blocks * plan.block_m * head_dim;
-  const int64_t counters = int64_t{plan.dq_slots} * (plan.num_m_blocks + 1) + 1;
+  const int64_t rows = int64_t{heads} * plan.num_m_blocks * block_m;
+  const int64_t sums = int64_t{plan.dq_slots} * plan.num_m_blocks * block_m * head_dim;
+  const int64_t counters = int64_t{plan.dq_slots} * (plan.num_m_blocks + 1) + 2;
   plan.delta_at = round_up(rows * 4);
   plan.dq_sums_at = plan.delta_at + round_up(rows * 4);
   plan.counters_at = plan.dq_sums_at + round_up(sums * 4);

@@ -6,11 +6,12 @@
 
 namespace flash::cuda::sm90 {
 
-enum class BackwardRow { kD64, kD64Short, kD128, kD128Short };
+/// kWide: head dims above 128, whose kernels keep no sums of dQ in memory.
+enum class BackwardRow { kD64, kD64Short, kD128, kD128Short, kWide };
 
 struct BackwardPlan {
   BackwardRow row;
-  int block_m, num_m_blocks, num_n_blocks, num_tiles, dq_slots;
+  int num_m_blocks, num_n_blocks, num_tiles, dq_slots;
   bool fused, last_first;
   int64_t delta_at, dq_sums_at, counters_at;  ///< bytes from the start; lse_log2 is at 0
   int64_t bytes;

@@ -50,18 +50,18 @@ bool is_ragged(const ForwardParams& p) {
 
 TensorShape tensor_shape(const ForwardParams& p, const SequenceLayout& layout, int heads,
                          int columns) {
-  if (layout.packed()) return {1, heads, int(layout.total), columns};
+  if (layout.packed()) return {1, heads, layout.total, columns};
   return {p.batch, heads, layout.max, columns};
 }
 
 int forward_head_dim(const ForwardParams& p) { return smallest_bucket(p, {64, 96, 128, 192, 256}); }
-int backward_head_dim(const ForwardParams& p) { return smallest_bucket(p, {64, 128}); }
+int backward_head_dim(const ForwardParams& p) { return forward_head_dim(p); }
 
 std::vector<std::string> why_forward_unsupported(const ForwardParams& p) {
   return why_unsupported(p, forward_head_dim(p), 256);
 }
 std::vector<std::string> why_backward_unsupported(const ForwardParams& p) {
-  std::vector<std::string> reasons = why_unsupported(p, backward_head_dim(p), 128);
+  std::vector<std::string> reasons = why_unsupported(p, backward_head_dim(p), 256);
   if (p.variant() != Variant::kPlain)
     reasons.push_back(
         "a mask tensor, bias, ALiBi, softcap, sink, dropout or a scale that is not positive is "

@@ -28,8 +28,7 @@ bool is_ragged(const ForwardParams& p);
 TensorShape tensor_shape(const ForwardParams& p, const SequenceLayout& layout, int heads,
                          int columns);
 
-/// Smallest compiled head dim that holds both; 0: none. Forward: 64, 96, 128, 192, 256; backward:
-/// 64, 128.
+/// Smallest compiled head dim that holds both: 64, 96, 128, 192 or 256; 0: none.
 int forward_head_dim(const ForwardParams& p);
 int backward_head_dim(const ForwardParams& p);
 

@@ -75,8 +75,9 @@ void reasons_name_what_is_missing() {
 
 void hopper_falls_back_in_its_backward_alone() {
   ForwardParams p = problem(DType::kBFloat16, 96, 96);
-  const KernelSpec backward = select(Arch::kSm90, p, Direction::kBackward);
-  CHECK(backward.arch == Arch::kSm80 || backward.arch == Arch::kSm90);
+  for (int d : {8, 64, 96, 128, 192, 256})
+    CHECK(select(Arch::kSm90, problem(DType::kBFloat16, d, 64), Direction::kBackward).arch ==
+          Arch::kSm90);
   p.features.score_mod.softcap = 30;
   CHECK(select(Arch::kSm90, p, Direction::kBackward).arch == Arch::kSm80);
   CHECK(!why_unsupported(Arch::kSm90, p, Direction::kForward, kH100).empty());

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// dK and dV of head dims above 128. A tile is 64 keys of one key head, against all blocks of 64
+// queries of its query heads that see one of them. dV and dK fill half the registers of a
+// warpgroup each, so the products are split by what they make:
+//   warpgroup 1:  dV += P^T dO of the last block;   S = K Q^T,   P = exp(S - lse), to shared memory
+//   warpgroup 2:  dK += dS^T Q of the last block;  dP = V dO^T, dS = P o (dP - delta)
+// One is at its arithmetic while the other's products run: P, which 1 makes and 2 waits for, keeps
+// them half a step apart. P goes from thread to thread: both hold the same elements of a block.
+#pragma once
+
+#include "cuda/sm90/backward_load.cuh"
+#include "cuda/sm90/backward_mma.cuh"
+#include "cuda/sm90/backward_wide_traits.cuh"
+
+namespace flash::cuda::sm90 {
+
+enum class KeyGradient { kValues, kKeys };  // what a warpgroup makes: dV or dK
+
+template <class Traits, KeyGradient kMakes>
+struct KeysCompute {
+  using Element = typename Traits::Element;
+  using Shared = typename Traits::SharedStorage;
+  static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+  static constexpr bool kMakesDv = kMakes == KeyGradient::kValues;
+  static constexpr int kColumns = kMakesDv ? Traits::kHeadDimV : Traits::kHeadDim;
+
+  const BackwardParams& p;
+  const BackwardSchedule& schedule;
+  Shared& shared;
+  const int lane, warp;
+  const IntervalMask mask;  // transposed: rows are keys
+  const float scale_log2;
+  const uint32_t p_at;  // this thread's P^T
+
+  float acc[kColumns / 2];         // dV or dK
+  uint32_t fragment[kBlockM / 4];  // P^T or dS^T of the last block
+  Ring<Traits::kStages> ring, previous;
+  int p_parity = 0;
+  int key;  // first of this thread's two
+
+  FLASH_DEVICE KeysCompute(const BackwardParams& params, const BackwardSchedule& s, Shared& storage)
+      : p(params),
+        schedule(s),
+        shared(storage),
+        lane(threadIdx.x & 31),
+        warp(warp_uniform((threadIdx.x >> 5) & 3)),
+        mask(params.mask.of(params.q_layout.max, params.k_layout.max).transposed()),
+        scale_log2(static_cast<float>(params.softmax_scale * 1.4426950408889634)),
+        p_at(shared_address(storage.p) + (threadIdx.x & 127) * 16) {}
+
+  FLASH_DEVICE void release(uint64_t* barrier) const {  // one arrival per warp
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(barrier);
+  }
+
+  /// dV += P^T dO or dK += dS^T Q of the last block. The wait comes before that for the next block:
+  /// a warp that holds a stage must not wait for another, or two such waits make a circle.
+  FLASH_DEVICE void add_gradient() {
+    uint64_t* full = kMakesDv ? shared.dout_full : shared.q_full;
+    uint64_t* empty = kMakesDv ? shared.dout_empty : shared.q_empty;
+    ptx::mbarrier_wait(&full[previous.stage], previous.parity);
+    issue_fragment_by_rows<Element, kColumns, kBlockM>(
+        acc, fragment, kMakesDv ? shared.dout[previous.stage] : shared.q[previous.stage]);
+    ptx::wgmma_wait<0>();
+    ptx::pin(acc), ptx::pin(fragment);
+    release(&empty[previous.stage]);
+  }
+
+  /// S^T, P^T.
+  FLASH_DEVICE void make_weights(int m_block, bool is_masked, bool is_last) {
+    float accS[kBlockM / 2];
+    ptx::mbarrier_wait(&shared.q_full[ring.stage], ring.parity);
+    issue_rows_by_rows<Element, Traits::kHeadDim, kBlockN, kBlockM>(accS, shared_address(shared.k),
+                                                                    shared.q[ring.stage]);
+    ptx::wgmma_wait<0>();
+    ptx::pin(accS);
+    if (is_last) release(&shared.k_empty);
+    if (is_masked) mask_scores<kBlockM>(mask, accS, m_block, key);
+    probabilities<kBlockM>(accS, scale_log2, shared.lse_log2[ring.stage]);
+    release(&shared.q_empty[ring.stage]);
+    to_fragment<Element>(fragment, accS);
+    ptx::mbarrier_wait(&shared.p_empty, p_parity ^ 1);
+#pragma unroll
+    for (int i = 0; i < kBlockM / 16; ++i) ptx::store_shared_v4(p_at + i * 2048, &fragment[4 * i]);
+    release(&shared.p_full);
+  }
+
+  /// dP^T, dS^T.
+  FLASH_DEVICE void make_scores_gradient(bool is_last) {
+    float accdP[kBlockM / 2];
+    uint32_t rP[kBlockM / 4];
+    ptx::mbarrier_wait(&shared.dout_full[ring.stage], ring.parity);
+    issue_rows_by_rows<Element, Traits::kHeadDimV, kBlockN, kBlockM>(
+        accdP, shared_address(shared.v), shared.dout[ring.stage]);
+    ptx::wgmma_wait<0>();
+    ptx::pin(accdP);
+    if (is_last) release(&shared.v_empty);
+    ptx::mbarrier_wait(&shared.p_full, p_parity);
+#pragma unroll
+    for (int i = 0; i < kBlockM / 16; ++i) ptx::load_shared_v4(&rP[4 * i], p_at + i * 2048);
+    scores_gradient_16<Element, kBlockM>(rP, accdP, shared.delta[ring.stage]);
+    release(&shared.p_empty);
+    release(&shared.dout_empty[ring.stage]);
+    to_fragment<Element>(fragment, accdP);
+  }
+
+  template <bool kIsFirst>
+  FLASH_DEVICE void step(int m_block, bool is_masked, bool is_last) {
+    if constexpr (!kIsFirst) add_gradient();
+    if constexpr (kMakesDv) {
+      make_weights(m_block, is_masked, is_last);
+    } else {
+      make_scores_gradient(is_last);
+    }
+    p_parity ^= 1;
+    previous = ring;
+    ring.advance();
+  }
+
+  /// All blocks of queries of one query head: masked, full, masked. Only P knows of the mask.
+  FLASH_DEVICE void run_head(const BackwardTileId& tile, bool is_last_head) {
+    const int full_begin = to_uniform(tile.full.begin), full_end = to_uniform(tile.full.end);
+    const int begin = to_uniform(tile.visit.begin), end = to_uniform(tile.visit.end);
+    const auto is_last = [&](int m_block) { return is_last_head && m_block + 1 == end; };
+    int m_block = begin;
+    step</*kIsFirst=*/true>(m_block, m_block < full_begin || m_block >= full_end, is_last(m_block));
+    ++m_block;
+    if constexpr (kMakesDv) {
+#pragma unroll 1
+      for (; m_block < full_begin; ++m_block) step<false>(m_block, true, is_last(m_block));
+#pragma unroll 1
+      for (; m_block < full_end; ++m_block) step<false>(m_block, false, is_last(m_block));
+    }
+#pragma unroll 1
+    for (; m_block < end; ++m_block) step<false>(m_block, true, is_last(m_block));
+    add_gradient();
+  }
+
+  FLASH_DEVICE void run() {
+    Ring<2> slot;
+    int kv_parity = 0;
+    for (int index; (index = next_tile(shared, slot)) >= 0;) {
+      const BackwardTileId tile = backward_tile<Traits>(p, schedule, index);
+      key = tile.n_block * kBlockN + warp * 16 + lane / 4;
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) acc[i] = 0.f;
+      if (tile.visit.begin < tile.visit.end) {
+        ptx::mbarrier_wait(kMakesDv ? &shared.k_full : &shared.v_full, kv_parity);
+        kv_parity ^= 1;
+#pragma unroll 1
+        for (int g = 0; g < p.gqa_ratio(); ++g) run_head(tile, g + 1 == p.gqa_ratio());
+      }
+      store_rows<Element, kColumns>(kMakesDv ? p.dv : p.dk, tile.batch, tile.head_k, acc,
+                                    kMakesDv ? 1.f : static_cast<float>(p.softmax_scale), key,
+                                    p.k_layout.max, kMakesDv ? p.head_dim_v : p.head_dim);
+    }
+  }
+};
+
+template <class Traits>
+FLASH_DEVICE void init_keys_barriers(typename Traits::SharedStorage& shared) {
+  constexpr int kOneWarpgroup = 4;  // one lane of each warp arrives
+  ptx::mbarrier_init(&shared.k_full, 1);
+  ptx::mbarrier_init(&shared.k_empty, kOneWarpgroup);
+  ptx::mbarrier_init(&shared.v_full, 1);
+  ptx::mbarrier_init(&shared.v_empty, kOneWarpgroup);
+  ptx::mbarrier_init(&shared.p_full, kOneWarpgroup);
+  ptx::mbarrier_init(&shared.p_empty, kOneWarpgroup);
+  for (int i = 0; i < Traits::kStages; ++i) {
+    ptx::mbarrier_init(&shared.q_full[i], 1);
+    ptx::mbarrier_init(&shared.q_empty[i], Traits::kMmaWarps);
+    ptx::mbarrier_init(&shared.dout_full[i], 1);
+    ptx::mbarrier_init(&shared.dout_empty[i], Traits::kMmaWarps);
+  }
+  for (int i = 0; i < 2; ++i) {
+    ptx::mbarrier_init(&shared.tile_full[i], 1);
+    ptx::mbarrier_init(&shared.tile_empty[i], Traits::kMmaWarps);
+  }
+  ptx::mbarrier_init_fence();
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    keys_kernel(const __grid_constant__ BackwardMaps maps, const __grid_constant__ BackwardParams p,
+                const __grid_constant__ BackwardSchedule schedule) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(raw);
+  if (threadIdx.x == 0) init_keys_barriers<Traits>(shared);
+  __syncthreads();  // barriers exist before any role touches them
+
+  const int warpgroup = warp_uniform(threadIdx.x >> 7);
+  if (warpgroup == 0) {
+    ptx::shrink_registers<Traits::kLoadRegisters>();
+    if (threadIdx.x == 0) load_backward_tiles<Traits>(maps, p, schedule, shared);
+  } else if (warpgroup == 1) {
+    ptx::grow_registers<Traits::kMmaRegisters>();
+    KeysCompute<Traits, KeyGradient::kValues>(p, schedule, shared).run();
+  } else {
+    ptx::grow_registers<Traits::kMmaRegisters>();
+    KeysCompute<Traits, KeyGradient::kKeys>(p, schedule, shared).run();
+  }
+}
+
+}  // namespace flash::cuda::sm90

@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// dQ of head dims above 128. A tile is 128 queries of one head, 64 a warpgroup, against all blocks
+// of 64 keys that one of them sees. Q and dO stay, K and V pass by. A step, for key block n:
+//   dQ += dS(n - 1) K(n - 1);  S = Q K(n)^T;  dP = dO V(n)^T, P = exp(S - lse) under it
+//   dS(n) = P o (dP - delta), an A fragment without leaving the registers
+// K(n - 1) is given back first: K has two stages, V one. Each warpgroup's arithmetic is hidden by
+// the other's products.
+#pragma once
+
+#include "cuda/sm90/backward_load.cuh"
+#include "cuda/sm90/backward_mma.cuh"
+#include "cuda/sm90/backward_wide_traits.cuh"
+
+namespace flash::cuda::sm90 {
+
+struct QueryTileId {
+  int m_block, head, batch;
+  Range visit;  ///< blocks of keys
+};
+
+/// The last block of queries of a head first: if causal, it sees the most keys.
+template <class Traits>
+FLASH_DEVICE QueryTileId query_tile(const BackwardParams& p, int num_m_blocks, int index) {
+  const int head = index / num_m_blocks, m_block = num_m_blocks - 1 - index % num_m_blocks;
+  const IntervalMask mask = p.mask.of(p.q_layout.max, p.k_layout.max);
+  return {m_block, head % p.num_heads, head / p.num_heads,
+          mask.key_blocks<Traits::kBlockM, Traits::kBlockN>(m_block).visit};
+}
+
+/// One thread. The first K of a tile is loaded while the tile before still uses Q.
+template <class Traits>
+FLASH_DEVICE void load_query_tiles(const BackwardMaps& maps, const BackwardParams& p,
+                                   const BackwardSchedule& schedule,
+                                   typename Traits::SharedStorage& shared) {
+  constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+  constexpr int kChunks = Traits::kChunks, kChunksV = Traits::kChunksV;
+  Ring<Traits::kKeyStages> keys;
+  Ring<Traits::kValueStages> values;
+  Ring<2> slot;
+  int q_parity = 1;
+  for (int index = blockIdx.x; publish_tile(shared, slot, index, schedule.num_tiles);
+       index = gridDim.x + atomicAdd(schedule.next_tile + 1, 1)) {
+    const QueryTileId tile = query_tile<Traits>(p, schedule.num_m_blocks, index);
+    const int head_k = tile.head / p.gqa_ratio(), row = tile.m_block * kBlockM;
+    const int64_t first_row =
+        (int64_t{tile.batch} * p.num_heads + tile.head) * schedule.num_m_blocks * kBlockM + row;
+#pragma unroll 1
+    for (int n_block = tile.visit.begin; n_block < tile.visit.end; ++n_block) {
+      const bool is_first = n_block == tile.visit.begin;
+      uint64_t* k_full = &shared.k_full[keys.stage];
+      ptx::mbarrier_wait(&shared.k_empty[keys.stage], keys.parity ^ 1);
+      ptx::mbarrier_expect_bytes(k_full, kBlockN * kChunks * 128);
+      load_rows<kChunks>(maps.k, shared.k[keys.stage], k_full, kBlockN, n_block * kBlockN, head_k,
+                         tile.batch, ptx::kEvictLast);
+      keys.advance();
+      if (is_first) {
+        ptx::mbarrier_wait(&shared.q_empty, q_parity);
+        ptx::mbarrier_expect_bytes(&shared.q_full, kBlockM * (kChunks * 128 + 4));
+        load_rows<kChunks>(maps.q, shared.q, &shared.q_full, kBlockM, row, tile.head, tile.batch,
+                           ptx::kEvictFirst);
+        ptx::bulk_load(shared_address(shared.lse_log2), schedule.lse_log2 + first_row, kBlockM * 4,
+                       &shared.q_full);
+        ptx::mbarrier_wait(&shared.dout_empty, q_parity);
+        ptx::mbarrier_expect_bytes(&shared.dout_full, kBlockM * (kChunksV * 128 + 4));
+        load_rows<kChunksV>(maps.dout, shared.dout, &shared.dout_full, kBlockM, row, tile.head,
+                            tile.batch, ptx::kEvictFirst);
+        ptx::bulk_load(shared_address(shared.delta), schedule.delta + first_row, kBlockM * 4,
+                       &shared.dout_full);
+        q_parity ^= 1;
+      }
+      uint64_t* v_full = &shared.v_full[values.stage];
+      ptx::mbarrier_wait(&shared.v_empty[values.stage], values.parity ^ 1);
+      ptx::mbarrier_expect_bytes(v_full, kBlockN * kChunksV * 128);
+      load_rows<kChunksV>(maps.v, shared.v[values.stage], v_full, kBlockN, n_block * kBlockN,
+                          head_k, tile.batch, ptx::kEvictLast);
+      values.advance();
+    }
+  }
+}
+
+template <class Traits>
+struct QueriesCompute {
+  using Element = typename Traits::Element;
+  using Shared = typename Traits::SharedStorage;
+  static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+  static constexpr int kHeadDim = Traits::kHeadDim;
+
+  const BackwardParams& p;
+  const BackwardSchedule& schedule;
+  Shared& shared;
+  const int lane, warp, warpgroup;
+  const IntervalMask mask;
+  const float scale_log2;
+  uint32_t sQ, sdO;
+
+  float accdQ[kHeadDim / 2];
+  uint32_t rdS[kBlockN / 4];
+  float lse_log2[2], delta[2];  // of this thread's two rows
+  Ring<Traits::kKeyStages> keys, previous;
+  Ring<Traits::kValueStages> values;
+  int row;  // the first of them
+  int q_parity = 0;
+
+  FLASH_DEVICE QueriesCompute(const BackwardParams& params, const BackwardSchedule& s,
+                              Shared& storage, int warpgroup_index)
+      : p(params),
+        schedule(s),
+        shared(storage),
+        lane(threadIdx.x & 31),
+        warp(warp_uniform((threadIdx.x >> 5) & 3)),
+        warpgroup(to_uniform(warpgroup_index)),
+        mask(params.mask.of(params.q_layout.max, params.k_layout.max)),
+        scale_log2(static_cast<float>(params.softmax_scale * 1.4426950408889634)),
+        sQ(shared_address(storage.q) + warpgroup * 64 * 128),
+        sdO(shared_address(storage.dout) + warpgroup * 64 * 128) {}
+
+  FLASH_DEVICE void release(uint64_t* barrier) const {  // one arrival per warp
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(barrier);
+  }
+
+  FLASH_DEVICE void issue_dq() {
+    issue_fragment_by_rows<Element, kHeadDim, kBlockN>(accdQ, rdS, shared.k[previous.stage]);
+  }
+  FLASH_DEVICE void finish_dq() {
+    ptx::pin(accdQ), ptx::pin(rdS);
+    release(&shared.k_empty[previous.stage]);
+  }
+  FLASH_DEVICE void advance() {
+    previous = keys;
+    keys.advance();
+    values.advance();
+  }
+
+  /// Waits for Q or dO of the tile, and reads lse or delta of this thread's rows.
+  FLASH_DEVICE void meet_rows(uint64_t* full, const float* from, float (&to)[2]) const {
+    ptx::mbarrier_wait(full, q_parity);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) to[r] = from[warpgroup * 64 + warp * 16 + lane / 4 + 8 * r];
+  }
+
+  template <bool kIsFirst>
+  FLASH_DEVICE void step(int n_block, bool is_masked, bool is_last) {
+    float accS[kBlockN / 2], accdP[kBlockN / 2];
+    // Else 64 descriptors, which do not change, are kept from step to step: in local memory.
+    ptx::pin_register(sQ), ptx::pin_register(sdO);
+    if constexpr (kIsFirst) {
+      meet_rows(&shared.q_full, shared.lse_log2, lse_log2);
+    } else {
+      issue_dq();
+    }
+    ptx::mbarrier_wait(&shared.k_full[keys.stage], keys.parity);
+    issue_rows_by_rows<Element, kHeadDim, kBlockM, kBlockN>(accS, sQ, shared.k[keys.stage]);
+    if constexpr (kIsFirst) {
+      meet_rows(&shared.dout_full, shared.delta, delta);
+    } else {
+      ptx::wgmma_wait<1>();
+      finish_dq();
+    }
+    ptx::mbarrier_wait(&shared.v_full[values.stage], values.parity);
+    issue_rows_by_rows<Element, Traits::kHeadDimV, kBlockM, kBlockN>(accdP, sdO,
+                                                                     shared.v[values.stage]);
+    ptx::wgmma_wait<1>();
+    ptx::pin(accS);
+    if (is_last) release(&shared.q_empty);
+    if (is_masked) mask_scores<kBlockN>(mask, accS, n_block, row);
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; ++i) {  // cut at 0: see probabilities()
+      const float exponent = fmaf(accS[i], scale_log2, -lse_log2[i / 2 % 2]);
+      accS[i] = exp2_approx(min_or_nan(exponent, 0.f));
+    }
+    ptx::wgmma_wait<0>();
+    ptx::pin(accdP);
+    release(&shared.v_empty[values.stage]);
+    if (is_last) release(&shared.dout_empty);
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; ++i) accdP[i] = accS[i] * (accdP[i] - delta[i / 2 % 2]);
+    to_fragment<Element>(rdS, accdP);
+    advance();
+  }
+
+  /// All blocks of keys of the tile: masked, full, masked, as this warpgroup's rows see them. A
+  /// block that only the other's rows see is masked whole; leaving it out moves ring positions to
+  /// vector registers: 85 R2UR a step.
+  FLASH_DEVICE void run_tile(const QueryTileId& tile) {
+    const Range full = mask.key_blocks<kBlockM / 2, kBlockN>(tile.m_block * 2 + warpgroup).full;
+    const int full_begin = to_uniform(full.begin), full_end = to_uniform(full.end);
+    const int end = to_uniform(tile.visit.end);
+    int n_block = to_uniform(tile.visit.begin);
+    step</*kIsFirst=*/true>(n_block, n_block < full_begin || n_block >= full_end,
+                            n_block + 1 == end);
+    ++n_block;
+#pragma unroll 1
+    for (; n_block < full_begin; ++n_block) step<false>(n_block, true, n_block + 1 == end);
+#pragma unroll 1
+    for (; n_block < full_end; ++n_block) step<false>(n_block, false, n_block + 1 == end);
+#pragma unroll 1
+    for (; n_block < end; ++n_block) step<false>(n_block, true, n_block + 1 == end);
+    issue_dq();
+    ptx::wgmma_wait<0>();
+    finish_dq();
+  }
+
+  FLASH_DEVICE void run() {
+    Ring<2> slot;
+    for (int index; (index = next_tile(shared, slot)) >= 0;) {
+      const QueryTileId tile = query_tile<Traits>(p, schedule.num_m_blocks, index);
+      row = tile.m_block * kBlockM + warpgroup * 64 + warp * 16 + lane / 4;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) accdQ[i] = 0.f;
+      if (tile.visit.begin < tile.visit.end) {
+        run_tile(tile);
+        q_parity ^= 1;
+      }
+      store_rows<Element, kHeadDim>(p.dq, tile.batch, tile.head, accdQ,
+                                    static_cast<float>(p.softmax_scale), row, p.q_layout.max,
+                                    p.head_dim);
+    }
+  }
+};
+
+template <class Traits>
+FLASH_DEVICE void init_queries_barriers(typename Traits::SharedStorage& shared) {
+  ptx::mbarrier_init(&shared.q_full, 1);
+  ptx::mbarrier_init(&shared.q_empty, Traits::kMmaWarps);  // one lane of each arrives
+  ptx::mbarrier_init(&shared.dout_full, 1);
+  ptx::mbarrier_init(&shared.dout_empty, Traits::kMmaWarps);
+  for (int i = 0; i < Traits::kKeyStages; ++i) {
+    ptx::mbarrier_init(&shared.k_full[i], 1);
+    ptx::mbarrier_init(&shared.k_empty[i], Traits::kMmaWarps);
+  }
+  for (int i = 0; i < Traits::kValueStages; ++i) {
+    ptx::mbarrier_init(&shared.v_full[i], 1);
+    ptx::mbarrier_init(&shared.v_empty[i], Traits::kMmaWarps);
+  }
+  for (int i = 0; i < 2; ++i) {
+    ptx::mbarrier_init(&shared.tile_full[i], 1);
+    ptx::mbarrier_init(&shared.tile_empty[i], Traits::kMmaWarps);
+  }
+  ptx::mbarrier_init_fence();
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    queries_kernel(const __grid_constant__ BackwardMaps maps,
+                   const __grid_constant__ BackwardParams p,
+                   const __grid_constant__ BackwardSchedule schedule) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(raw);
+  if (threadIdx.x == 0) init_queries_barriers<Traits>(shared);
+  __syncthreads();  // barriers exist before any role touches them
+
+  const int warpgroup = warp_uniform(threadIdx.x >> 7);
+  if (warpgroup == 0) {
+    ptx::shrink_registers<Traits::kLoadRegisters>();
+    if (threadIdx.x == 0) load_query_tiles<Traits>(maps, p, schedule, shared);
+  } else {
+    ptx::grow_registers<Traits::kMmaRegisters>();
+    QueriesCompute<Traits>(p, schedule, shared, warpgroup - 1).run();
+  }
+}
+
+}  // namespace flash::cuda::sm90

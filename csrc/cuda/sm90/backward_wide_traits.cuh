@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Head dims above 128. A CTA has registers for dK and dV of 64 keys only; each block of keys would
+// add fp32 dQ to memory, seqlen_q x head_dim x 4 bytes, and at 3 TB/s these additions alone cap
+// head dim 256 at 480 TFLOP/s. So there are two kernels:
+//   keys_kernel     dK, dV of 64 keys, against blocks of queries: S, dP, dV, dK;
+//   queries_kernel  dQ of 128 queries, against blocks of keys:    S, dP, dQ.
+// Seven products instead of five, but no sums in memory, nothing to clear or to convert, and every
+// result has one writer: the same bits in every run.
+#pragma once
+
+#include "cuda/sm90/backward_traits.cuh"
+
+namespace flash::cuda::sm90 {
+
+// Rows of the tile table: stages of Q and dO in keys_kernel; of K, of V in queries_kernel.
+// bf16, 16k tokens, hidden 2048, one H100; docs/hopper.md has what lost.
+struct WideTileD192 {
+  static constexpr int kHeadDim = 192, kHeadDimV = 192;
+  static constexpr int kQueryStages = 3, kKeyStages = 3, kValueStages = 2;
+};
+struct WideTileD192V128 {
+  static constexpr int kHeadDim = 192, kHeadDimV = 128;
+  static constexpr int kQueryStages = 3, kKeyStages = 3, kValueStages = 2;
+};
+struct WideTileD256 {
+  static constexpr int kHeadDim = 256, kHeadDimV = 256;
+  static constexpr int kQueryStages = 2, kKeyStages = 2, kValueStages = 1;
+};
+
+template <class Element_, class Tile>
+struct WideTraits : Tile {
+  using Element = Element_;
+  using Tile::kHeadDim, Tile::kHeadDimV;
+  static constexpr int kChunks = kHeadDim / 64, kChunksV = kHeadDimV / 64;  // of 64 columns
+  static constexpr int kThreads = 384, kLoadRegisters = 40, kMmaRegisters = 232;
+  static constexpr int kMmaWarps = 8;
+  static constexpr bool kSumsDq = false;
+  static_assert(kHeadDim % 64 == 0 && kHeadDimV % 64 == 0, "tiles are whole chunks");
+};
+
+template <class Element, class Tile>
+struct WideKeysTraits : WideTraits<Element, Tile> {
+  static constexpr int kBlockM = 64, kBlockN = 64, kStages = Tile::kQueryStages;
+
+  struct SharedStorage {
+    uint16_t k[kBlockN * Tile::kHeadDim];
+    uint16_t v[kBlockN * Tile::kHeadDimV];
+    uint16_t q[kStages][kBlockM * Tile::kHeadDim];
+    uint16_t dout[kStages][kBlockM * Tile::kHeadDimV];
+    uint32_t p[kBlockM * kBlockN / 2];  // P^T from thread to thread: [quarter][thread][4 pairs]
+    float lse_log2[kStages][kBlockM], delta[kStages][kBlockM];
+    uint64_t k_full, k_empty, v_full, v_empty;
+    uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
+    uint64_t p_full, p_empty;
+    uint64_t tile_full[2], tile_empty[2];
+    int tile[2];  // index, -1: no more
+  };
+  static_assert(sizeof(SharedStorage) <= 232448, "exceeds the shared memory of one SM");
+};
+
+template <class Element, class Tile>
+struct WideQueriesTraits : WideTraits<Element, Tile> {
+  static constexpr int kBlockM = 128, kBlockN = 64;
+  static constexpr int kKeyStages = Tile::kKeyStages, kValueStages = Tile::kValueStages;
+
+  struct SharedStorage {
+    uint16_t q[kBlockM * Tile::kHeadDim];
+    uint16_t dout[kBlockM * Tile::kHeadDimV];
+    uint16_t k[kKeyStages][kBlockN * Tile::kHeadDim];
+    uint16_t v[kValueStages][kBlockN * Tile::kHeadDimV];
+    float lse_log2[kBlockM], delta[kBlockM];
+    uint64_t q_full, q_empty, dout_full, dout_empty;
+    uint64_t k_full[kKeyStages], k_empty[kKeyStages];
+    uint64_t v_full[kValueStages], v_empty[kValueStages];
+    uint64_t tile_full[2], tile_empty[2];
+    int tile[2];  // index, -1: no more
+  };
+  static_assert(sizeof(SharedStorage) <= 232448, "exceeds the shared memory of one SM");
+};
+
+}  // namespace flash::cuda::sm90
