@@ -10,14 +10,15 @@ struct BackwardMaps {
   CUtensorMap q, k, v, dout;  ///< coordinates (column, row, head, batch), boxes of 64 columns
 };
 
-/// Rows [row, + rows) of one head; the bytes are counted on `full`, which expects them.
+/// Rows [row, + rows) of one head, kChunks chunks from column on; the bytes are counted on `full`,
+/// which expects them.
 template <int kChunks>
 FLASH_DEVICE void load_rows(const CUtensorMap& map, const uint16_t* tile, uint64_t* full, int rows,
-                            int row, int head, int batch, uint64_t policy) {
+                            int row, int head, int batch, uint64_t policy, int column = 0) {
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    ptx::tma_load_4d(shared_address(tile) + c * rows * 128, map, full, c * 64, row, head, batch,
-                     policy);
+    ptx::tma_load_4d(shared_address(tile) + c * rows * 128, map, full, column + c * 64, row, head,
+                     batch, policy);
   }
 }
 
@@ -31,15 +32,17 @@ FLASH_DEVICE bool publish_tile(Shared& shared, Ring<2>& slot, int index, int num
   return index < num_tiles;
 }
 
-/// Per tile and block of queries: Q with lse, dO with delta; K and V after the first of them,
-/// because those of the tile before are still in use when its successor's first block can be
-/// loaded.
+/// Per tile and block of queries: Q with lse, in kQueryParts, dO with delta; K and V after the
+/// first of them, because those of the tile before are still in use when its successor's first
+/// block can be loaded.
 template <class Traits>
 FLASH_DEVICE void load_backward_tiles(const BackwardMaps& maps, const BackwardParams& p,
                                       const BackwardSchedule& schedule,
                                       typename Traits::SharedStorage& shared) {
   constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   constexpr int kRowBytes = Traits::kChunks * 128, kRowBytesV = Traits::kChunksV * 128;
+  constexpr int kParts = Traits::kQueryParts, kPartChunks = Traits::kChunks / kParts;
+  Ring<Traits::kQuerySlots> queries;
   Ring<Traits::kStages> ring;
   Ring<2> slot;
   int kv_parity = 1, index = blockIdx.x;
@@ -54,13 +57,18 @@ FLASH_DEVICE void load_backward_tiles(const BackwardMaps& maps, const BackwardPa
 #pragma unroll 1
       for (int m_block = tile.visit.begin; m_block < tile.visit.end; ++m_block) {
         const int row = m_block * kBlockM;
-        uint64_t* q_full = &shared.q_full[ring.stage];
-        ptx::mbarrier_wait(&shared.q_empty[ring.stage], ring.parity ^ 1);
-        ptx::mbarrier_expect_bytes(q_full, kBlockM * (kRowBytes + 4));
-        load_rows<Traits::kChunks>(maps.q, shared.q[ring.stage], q_full, kBlockM, row, head,
-                                   tile.batch, ptx::kEvictLast);
-        ptx::bulk_load(shared_address(shared.lse_log2[ring.stage]), schedule.lse_log2 + rows + row,
-                       kBlockM * 4, q_full);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          uint64_t* q_full = &shared.q_full[queries.stage];
+          ptx::mbarrier_wait(&shared.q_empty[queries.stage], queries.parity ^ 1);
+          ptx::mbarrier_expect_bytes(q_full, kBlockM * (kPartChunks * 128 + (part == 0 ? 4 : 0)));
+          load_rows<kPartChunks>(maps.q, shared.q[queries.stage], q_full, kBlockM, row, head,
+                                 tile.batch, ptx::kEvictLast, part * kPartChunks * 64);
+          if (part == 0)
+            ptx::bulk_load(shared_address(shared.lse_log2[queries.stage]),
+                           schedule.lse_log2 + rows + row, kBlockM * 4, q_full);
+          queries.advance();
+        }
         uint64_t* dout_full = &shared.dout_full[ring.stage];
         ptx::mbarrier_wait(&shared.dout_empty[ring.stage], ring.parity ^ 1);
         ptx::mbarrier_expect_bytes(dout_full, kBlockM * (kRowBytesV + 4));

@@ -36,6 +36,7 @@ struct BackwardTraits : Tile {
   using Element = Element_;
   using Tile::kBlockM, Tile::kDqOwner, Tile::kDqOrder;
   static constexpr int kHeadDim = kHeadDim_, kBlockN = 128, kStages = 2, kThreads = 384;
+  static constexpr int kQueryParts = 1, kQuerySlots = kStages;
   static constexpr bool kSumsDq = true;                                     // in global memory
   static constexpr int kChunks = (kHeadDim + 63) / 64, kChunksV = kChunks;  // of 64 columns
   // Share of one warpgroup in dQ of a block, 64 x kDqN: half of the rows if there are 128, else

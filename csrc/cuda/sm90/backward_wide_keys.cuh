@@ -21,6 +21,7 @@ struct KeysCompute {
   using Element = typename Traits::Element;
   using Shared = typename Traits::SharedStorage;
   static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+  static constexpr int kParts = Traits::kQueryParts;
   static constexpr bool kMakesDv = kMakes == KeyGradient::kValues;
   static constexpr int kColumns = kMakesDv ? Traits::kHeadDimV : Traits::kHeadDim;
 
@@ -34,7 +35,9 @@ struct KeysCompute {
 
   float acc[kColumns / 2];         // dV or dK
   uint32_t fragment[kBlockM / 4];  // P^T or dS^T of the last block
-  Ring<Traits::kStages> ring, previous;
+  // dV takes dO, and dK takes Q, a block later than dP and S.
+  Ring<Traits::kQuerySlots> queries;
+  Ring<Traits::kStages> dout;
   int p_parity = 0;
   int key;  // first of this thread's two
 
@@ -53,31 +56,63 @@ struct KeysCompute {
     if (lane == 0) ptx::mbarrier_arrive(barrier);
   }
 
-  /// dV += P^T dO or dK += dS^T Q of the last block. The wait comes before that for the next block:
-  /// a warp that holds a stage must not wait for another, or two such waits make a circle.
-  FLASH_DEVICE void add_gradient() {
-    uint64_t* full = kMakesDv ? shared.dout_full : shared.q_full;
-    uint64_t* empty = kMakesDv ? shared.dout_empty : shared.q_empty;
-    ptx::mbarrier_wait(&full[previous.stage], previous.parity);
-    issue_fragment_by_rows<Element, kColumns, kBlockM>(
-        acc, fragment, kMakesDv ? shared.dout[previous.stage] : shared.q[previous.stage]);
-    ptx::wgmma_wait<0>();
-    ptx::pin(acc), ptx::pin(fragment);
-    release(&empty[previous.stage]);
+  /// dV += P^T dO of the last block; one group. A part of dK += dS^T Q; kParts groups.
+  FLASH_DEVICE void issue_gradient() {
+    if constexpr (kMakesDv) {
+      ptx::mbarrier_wait(&shared.dout_full[dout.stage], dout.parity);
+      issue_fragment_by_rows<Element, kColumns, kBlockM>(acc, fragment, shared.dout[dout.stage]);
+    } else {
+      Ring<Traits::kQuerySlots> part = queries;
+#pragma unroll
+      for (int i = 0; i < kParts; ++i, part.advance()) {
+        ptx::mbarrier_wait(&shared.q_full[part.stage], part.parity);
+        issue_fragment_by_rows<Element, kColumns / kParts, kBlockM>(
+            reinterpret_cast<float (&)[kColumns / kParts / 2]>(acc[i * (kColumns / kParts / 2)]),
+            fragment, shared.q[part.stage]);
+      }
+    }
+  }
+  /// Waits for it, with kPending groups behind it.
+  template <int kPending>
+  FLASH_DEVICE void finish_gradient() {
+    if constexpr (kMakesDv) {
+      ptx::wgmma_wait<kPending>();
+      ptx::pin(acc), ptx::pin(fragment);
+      release(&shared.dout_empty[dout.stage]);
+      dout.advance();
+    } else {
+      if constexpr (kParts == 2) {
+        ptx::wgmma_wait<kPending + 1>();
+        release(&shared.q_empty[queries.stage]);
+        queries.advance();
+      }
+      ptx::wgmma_wait<kPending>();
+      ptx::pin(acc), ptx::pin(fragment);
+      release(&shared.q_empty[queries.stage]);
+      queries.advance();
+    }
   }
 
   /// S^T, P^T.
+  template <bool kIsFirst>
   FLASH_DEVICE void make_weights(int m_block, bool is_masked, bool is_last) {
     float accS[kBlockM / 2];
-    ptx::mbarrier_wait(&shared.q_full[ring.stage], ring.parity);
-    issue_rows_by_rows<Element, Traits::kHeadDim, kBlockN, kBlockM>(accS, shared_address(shared.k),
-                                                                    shared.q[ring.stage]);
+    Ring<Traits::kQuerySlots> part = queries;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i, part.advance()) {
+      ptx::mbarrier_wait(&shared.q_full[part.stage], part.parity);
+      issue_rows_by_rows<Element, Traits::kHeadDim / kParts, kBlockN, kBlockM>(
+          accS, shared_address(shared.k) + i * (kBlockN * Traits::kHeadDim * 2 / kParts),
+          shared.q[part.stage], /*adds=*/i > 0);
+    }
+    if constexpr (!kIsFirst) finish_gradient<kParts>();
     ptx::wgmma_wait<0>();
     ptx::pin(accS);
     if (is_last) release(&shared.k_empty);
     if (is_masked) mask_scores<kBlockM>(mask, accS, m_block, key);
-    probabilities<kBlockM>(accS, scale_log2, shared.lse_log2[ring.stage]);
-    release(&shared.q_empty[ring.stage]);
+    probabilities<kBlockM>(accS, scale_log2, shared.lse_log2[queries.stage]);
+#pragma unroll
+    for (int i = 0; i < kParts; ++i, queries.advance()) release(&shared.q_empty[queries.stage]);
     to_fragment<Element>(fragment, accS);
     ptx::mbarrier_wait(&shared.p_empty, p_parity ^ 1);
 #pragma unroll
@@ -86,35 +121,36 @@ struct KeysCompute {
   }
 
   /// dP^T, dS^T.
+  template <bool kIsFirst>
   FLASH_DEVICE void make_scores_gradient(bool is_last) {
     float accdP[kBlockM / 2];
     uint32_t rP[kBlockM / 4];
-    ptx::mbarrier_wait(&shared.dout_full[ring.stage], ring.parity);
+    ptx::mbarrier_wait(&shared.dout_full[dout.stage], dout.parity);
     issue_rows_by_rows<Element, Traits::kHeadDimV, kBlockN, kBlockM>(
-        accdP, shared_address(shared.v), shared.dout[ring.stage]);
+        accdP, shared_address(shared.v), shared.dout[dout.stage]);
+    if constexpr (!kIsFirst) finish_gradient<1>();
     ptx::wgmma_wait<0>();
     ptx::pin(accdP);
     if (is_last) release(&shared.v_empty);
     ptx::mbarrier_wait(&shared.p_full, p_parity);
 #pragma unroll
     for (int i = 0; i < kBlockM / 16; ++i) ptx::load_shared_v4(&rP[4 * i], p_at + i * 2048);
-    scores_gradient_16<Element, kBlockM>(rP, accdP, shared.delta[ring.stage]);
+    scores_gradient_16<Element, kBlockM>(rP, accdP, shared.delta[dout.stage]);
     release(&shared.p_empty);
-    release(&shared.dout_empty[ring.stage]);
+    release(&shared.dout_empty[dout.stage]);
+    dout.advance();
     to_fragment<Element>(fragment, accdP);
   }
 
   template <bool kIsFirst>
   FLASH_DEVICE void step(int m_block, bool is_masked, bool is_last) {
-    if constexpr (!kIsFirst) add_gradient();
+    if constexpr (!kIsFirst) issue_gradient();
     if constexpr (kMakesDv) {
-      make_weights(m_block, is_masked, is_last);
+      make_weights<kIsFirst>(m_block, is_masked, is_last);
     } else {
-      make_scores_gradient(is_last);
+      make_scores_gradient<kIsFirst>(is_last);
     }
     p_parity ^= 1;
-    previous = ring;
-    ring.advance();
   }
 
   /// All blocks of queries of one query head: masked, full, masked. Only P knows of the mask.
@@ -133,7 +169,8 @@ struct KeysCompute {
     }
 #pragma unroll 1
     for (; m_block < end; ++m_block) step<false>(m_block, true, is_last(m_block));
-    add_gradient();
+    issue_gradient();
+    finish_gradient<0>();
   }
 
   FLASH_DEVICE void run() {
@@ -166,9 +203,11 @@ FLASH_DEVICE void init_keys_barriers(typename Traits::SharedStorage& shared) {
   ptx::mbarrier_init(&shared.v_empty, kOneWarpgroup);
   ptx::mbarrier_init(&shared.p_full, kOneWarpgroup);
   ptx::mbarrier_init(&shared.p_empty, kOneWarpgroup);
-  for (int i = 0; i < Traits::kStages; ++i) {
+  for (int i = 0; i < Traits::kQuerySlots; ++i) {
     ptx::mbarrier_init(&shared.q_full[i], 1);
     ptx::mbarrier_init(&shared.q_empty[i], Traits::kMmaWarps);
+  }
+  for (int i = 0; i < Traits::kStages; ++i) {
     ptx::mbarrier_init(&shared.dout_full[i], 1);
     ptx::mbarrier_init(&shared.dout_empty[i], Traits::kMmaWarps);
   }

@@ -12,19 +12,23 @@
 
 namespace flash::cuda::sm90 {
 
-// Rows of the tile table: stages of Q and dO in keys_kernel; of K, of V in queries_kernel.
+// Rows of the tile table. keys_kernel: Q comes in kQueryParts of its columns, of which kQuerySlots
+// fit beside kStages of dO; queries_kernel: stages of K, of V.
 // bf16, 16k tokens, hidden 2048, one H100; docs/hopper.md has what lost.
 struct WideTileD192 {
   static constexpr int kHeadDim = 192, kHeadDimV = 192;
-  static constexpr int kQueryStages = 3, kKeyStages = 3, kValueStages = 2;
+  static constexpr int kQueryParts = 1, kQuerySlots = 3, kStages = 3, kKeyStages = 3,
+                       kValueStages = 2;
 };
 struct WideTileD192V128 {
   static constexpr int kHeadDim = 192, kHeadDimV = 128;
-  static constexpr int kQueryStages = 3, kKeyStages = 3, kValueStages = 2;
+  static constexpr int kQueryParts = 1, kQuerySlots = 3, kStages = 3, kKeyStages = 3,
+                       kValueStages = 2;
 };
 struct WideTileD256 {
   static constexpr int kHeadDim = 256, kHeadDimV = 256;
-  static constexpr int kQueryStages = 2, kKeyStages = 2, kValueStages = 1;
+  static constexpr int kQueryParts = 2, kQuerySlots = 5, kStages = 2, kKeyStages = 2,
+                       kValueStages = 1;
 };
 
 template <class Element_, class Tile>
@@ -40,17 +44,18 @@ struct WideTraits : Tile {
 
 template <class Element, class Tile>
 struct WideKeysTraits : WideTraits<Element, Tile> {
-  static constexpr int kBlockM = 64, kBlockN = 64, kStages = Tile::kQueryStages;
+  static constexpr int kBlockM = 64, kBlockN = 64;
+  using Tile::kQueryParts, Tile::kQuerySlots, Tile::kStages;
 
   struct SharedStorage {
     uint16_t k[kBlockN * Tile::kHeadDim];
     uint16_t v[kBlockN * Tile::kHeadDimV];
-    uint16_t q[kStages][kBlockM * Tile::kHeadDim];
+    uint16_t q[kQuerySlots][kBlockM * Tile::kHeadDim / kQueryParts];
     uint16_t dout[kStages][kBlockM * Tile::kHeadDimV];
     uint32_t p[kBlockM * kBlockN / 2];  // P^T from thread to thread: [quarter][thread][4 pairs]
-    float lse_log2[kStages][kBlockM], delta[kStages][kBlockM];
+    float lse_log2[kQuerySlots][kBlockM], delta[kStages][kBlockM];  // lse: with the first part
     uint64_t k_full, k_empty, v_full, v_empty;
-    uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
+    uint64_t q_full[kQuerySlots], q_empty[kQuerySlots], dout_full[kStages], dout_empty[kStages];
     uint64_t p_full, p_empty;
     uint64_t tile_full[2], tile_empty[2];
     int tile[2];  // index, -1: no more
