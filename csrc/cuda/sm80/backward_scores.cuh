@@ -12,17 +12,19 @@ struct QueryRow {
   float lse, delta;
 };
 
-/// The score modifications of a tile of products, and d(score) / d(scale q.k).
+/// The score modifications of a tile of products, and d(score) / d(scale q.k) where it is not 1.
 template <class Element, Variant kVariant, int kRows, int kCols>
 FLASH_DEVICE void modify_scores(RegisterTile<kRows, kCols>& accS,
                                 RegisterTile<kRows, kCols>& slopes,
                                 const Scores<Element, kVariant>& scores, int first_k, int first_q) {
   if constexpr (kVariant == Variant::kGeneral)
-    for_each(accS, slopes, first_k, first_q, [&](float& s, float& slope, int k, int q) {
-      const ModifiedScore<float> score = scores.of(s, q, k);
-      s = score.score;
-      slope = score.slope;
-    });
+    scores.template modify<BlockRows::kKeys>(accS, first_k, first_q,
+                                             [&](int m, int n, const ScoreBlock& slope) {
+                                               if (!scores.has_slopes()) return;
+#pragma unroll
+                                               for (int i = 0; i < ScoreBlock::kCount; ++i)
+                                                 slopes.at[m][n + i / 4][i % 4] = slope.x[i];
+                                             });
 }
 
 /// P^T = exp(S^T - lse), rounded to an operand. kOneOperation: as in OnlineSoftmax, if every lse is
@@ -72,6 +74,8 @@ FLASH_DEVICE void to_score_gradient(RegisterTile<kRows, kCols>& accdP,
                                     const RegisterOperand<Element, kRows, kCols>& weights,
                                     const RegisterTile<kRows, kCols>& slopes,
                                     const Scores<Element, kVariant>& scores, const QueryRow* rows) {
+  float dropout_scale = 1.f;
+  if constexpr (kVariant == Variant::kGeneral) dropout_scale = scores.dropout_scale();
 #pragma unroll
   for (int n = 0; n < accdP.kTilesN; ++n) {
     const float delta[2] = {rows[8 * n + lane_col()].delta, rows[8 * n + lane_col() + 1].delta};
@@ -85,14 +89,23 @@ FLASH_DEVICE void to_score_gradient(RegisterTile<kRows, kCols>& accdP,
         for (int e = 0; e < 2; ++e) {
           float& ds = accdP.at[m][n][2 * half + e];
           if constexpr (kVariant == Variant::kGeneral) {
-            const float kept = signbit(weight[e]) ? 0.f : ds * scores.dropout_scale();
-            ds = scores.backward(fabsf(weight[e]) * (kept - delta[e]),
-                                 slopes.at[m][n][2 * half + e]);
+            const float kept = signbit(weight[e]) ? 0.f : ds * dropout_scale;
+            ds = fabsf(weight[e]) * (kept - delta[e]);
           } else {
             ds = weight[e] * (ds - delta[e]);
           }
         }
       }
+  }
+  if constexpr (kVariant == Variant::kGeneral) {
+    if (!scores.has_slopes()) return;
+#pragma unroll
+    for (int m = 0; m < accdP.kTilesM; ++m)
+#pragma unroll
+      for (int n = 0; n < accdP.kTilesN; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          accdP.at[m][n][e] = scores.backward(accdP.at[m][n][e], slopes.at[m][n][e]);
   }
 }
 

@@ -104,10 +104,11 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
     if (n_block > blocks.visit.begin) load_k(n_block - 1);
 
     const int row = m_begin + warp_row, col = n_block * kBlockN;
-    if (kGeneral || needs_mask)
-      for_each(accS, row, col, [&](float& s, int q, int k) {
-        s = mask.keep(q, k) ? scores.of(s, q, k).score : -INFINITY;
-      });
+    if constexpr (kGeneral)
+      scores.template modify<BlockRows::kQueries>(accS, row, col, [](int, int, auto&) {});
+    if (needs_mask)
+      fill_outside(accS, row, col, -INFINITY,
+                   [&](int q) { return Range{mask.key_begin(q), mask.key_end(q)}; });
     softmax.update(accS, accO);
     if constexpr (kGeneral)
       if (scores.has_dropout()) scores.drop(accS, row, col);

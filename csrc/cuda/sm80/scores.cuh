@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/common/pair_score.cuh"
+#include "cuda/common/score_block.cuh"
 #include "primitives/tile/register_tile.cuh"
 
 namespace flash::cuda::sm80 {
@@ -20,8 +21,6 @@ class Scores<Element, Variant::kPlain> {
       : unit(float(p.softmax_scale)) {}
 
   float unit;
-
-  FLASH_DEVICE ModifiedScore<float> of(float product, int, int) const { return {product, 1.f}; }
 };
 
 /// softmax_scale q.k after the score modifications, in units of 1.
@@ -29,29 +28,48 @@ template <class Element>
 class Scores<Element, Variant::kGeneral> {
  public:
   FLASH_DEVICE Scores(const ForwardParams& p, int batch, int head, const IntervalMask& mask)
-      : features_(p.features),
+      : p_(p),
         scale_(float(p.softmax_scale)),
         batch_(batch),
         head_(head),
-        last_q_(mask.seqlen_q - 1),
-        last_k_(mask.seqlen_k - 1),
-        diagonal_offset_(p.mask.diagonal_offset(mask.seqlen_q, mask.seqlen_k)) {
-    if (features_.dropout.enabled())
-      stream_ = DropoutStream::of(features_.dropout, batch, head, p.num_heads);
+        seqlen_q_(mask.seqlen_q),
+        seqlen_k_(mask.seqlen_k) {
+    if (has_dropout()) stream_ = DropoutStream::of(p.features.dropout, batch, head, p.num_heads);
   }
 
   static constexpr float unit = 1.f;
 
-  /// A pair outside of the sequences, whose score is masked afterwards, reads what the last pair
-  /// inside reads.
-  FLASH_DEVICE ModifiedScore<float> of(float product, int q, int k) const {
-    q = min(q, last_q_);
-    k = min(k, last_k_);
-    return features_.score_mod.template forward<float, float>(product * scale_, place(q, k));
+  /// Products become scores. `rows` says what the rows of the tile are, which begins at
+  /// (first_row, first_col); f(m, n, slope) gets d(score) / d(scale q.k) of the blocks from tile
+  /// (m, n) on.
+  template <BlockRows kBlockRows, int kRows, int kCols, class F>
+  FLASH_DEVICE void modify(RegisterTile<kRows, kCols>& scores, int first_row, int first_col,
+                           F&& f) const {
+    static_assert(kCols % ScoreBlock::kColumns == 0, "tiles are made of blocks");
+#pragma unroll
+    for (int m = 0; m < scores.kTilesM; ++m)
+#pragma unroll
+      for (int n = 0; n < scores.kTilesN; n += ScoreBlock::kColumns / 8) {
+        const auto products =
+            ScoreBlock::of([&](int i) { return scores.at[m][n + i / 4][i % 4] * scale_; });
+        const BlockPlace<Element, kBlockRows> place{p_,
+                                                    batch_,
+                                                    head_,
+                                                    seqlen_q_,
+                                                    seqlen_k_,
+                                                    first_row + 16 * m + lane_row(),
+                                                    first_col + 8 * n + lane_col()};
+        const auto modified =
+            p_.features.score_mod.template forward<float, ScoreBlock>(products, place);
+#pragma unroll
+        for (int i = 0; i < ScoreBlock::kCount; ++i)
+          scores.at[m][n + i / 4][i % 4] = modified.score.x[i];
+        f(m, n, modified.slope);
+      }
   }
-  FLASH_DEVICE bool has_dropout() const { return features_.dropout.enabled(); }
+  FLASH_DEVICE bool has_dropout() const { return p_.features.dropout.enabled(); }
   FLASH_DEVICE float dropout_scale() const {
-    return has_dropout() ? float(features_.dropout.scale) : 1.f;
+    return has_dropout() ? float(p_.features.dropout.scale) : 1.f;
   }
 
   /// Zeroes the dropped weights of a tile (rows q_begin.., a multiple of 16; columns k_begin.., a
@@ -94,21 +112,19 @@ class Scores<Element, Variant::kGeneral> {
             if (!stream_.keeps(bits, i / 2, i % 2)) weights.at[m][n][i] |= 0x8000u << 16 * e;
         }
   }
+  /// Whether d(score) / d(scale q.k) is not 1.
+  FLASH_DEVICE bool has_slopes() const { return p_.features.score_mod.has_softcap(); }
   FLASH_DEVICE float backward(float ds, float slope) const {
-    return features_.score_mod.backward(ds, slope);
+    return p_.features.score_mod.backward(ds, slope);
   }
-  FLASH_DEVICE bool has_sink() const { return features_.sink.enabled(); }
-  FLASH_DEVICE float sink() const { return features_.sink.template of<float>(head_); }
+  FLASH_DEVICE bool has_sink() const { return p_.features.sink.enabled(); }
+  FLASH_DEVICE float sink() const { return p_.features.sink.template of<float>(head_); }
 
  private:
-  FLASH_DEVICE ScalarPlace<float, Element, Widen> place(int q, int k) const {
-    return {features_.score_mod, {batch_, head_, q, k}, diagonal_offset_, Widen{}};
-  }
-
-  const Features& features_;
+  const ForwardParams& p_;
   DropoutStream stream_{};
   float scale_;
-  int batch_, head_, last_q_, last_k_, diagonal_offset_;
+  int batch_, head_, seqlen_q_, seqlen_k_;
 };
 
 }  // namespace flash::cuda::sm80
