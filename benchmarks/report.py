@@ -18,6 +18,7 @@ from typing import Any
 
 from .machine import ROOT
 from .support import SUPPORT_JSON, support_table
+from .train import training_table
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -219,14 +220,36 @@ def section(stem: str, report: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def training_section(path: Path) -> str:
+    """What benchmarks.train measured on one device."""
+    report = json.loads(path.read_text())
+    facts = report["machine"]
+    parts = [
+        f"**{facts['device']}**; torch {facts['torch']}; commit {facts['commit']}, "
+        f"{facts['date']}. "
+        f"Tokens per second of a training step of {report['tokens']:,} tokens in bf16, and its "
+        "peak memory beyond weights and optimizer. Figures: "
+        f"[`{path.name}`](benchmarks/results/{path.name}).",
+        training_table(report),
+    ]
+    if path.with_suffix(".png").exists():
+        parts.append(f"![loss](benchmarks/results/{path.stem}.png)")
+    return "\n\n".join(parts)
+
+
 def generated_sections() -> dict[str, str]:
     """{marker name: text} of everything in README.md that is made from committed JSON."""
     reports = load()
     measured = "\n\n".join(section(stem, report) for stem, report in reports.items())
+    trained = [training_section(path) for path in sorted(RESULTS.glob("*-train.json"))]
     support = "No figures yet."
     if SUPPORT_JSON.exists():
         support = support_table(json.loads(SUPPORT_JSON.read_text()))
-    return {"support": support, "measurements": measured or "No figures yet."}
+    return {
+        "support": support,
+        "measurements": measured or "No figures yet.",
+        "training": "\n\n".join(trained) or "No figures yet.",
+    }
 
 
 def rewrite(text: str, sections: dict[str, str]) -> str:

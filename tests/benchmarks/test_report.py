@@ -129,3 +129,20 @@ def test_readme_agrees_with_committed_results() -> None:
     assert report.rewrite(text, report.generated_sections()) == text, (
         "run python -m benchmarks.report --readme"
     )
+
+
+def test_training_table():
+    """Rates and gains of what ran; what did not fit says so and has no gain."""
+    from benchmarks.train import training_table
+
+    def ran(rate: float) -> dict[str, Any]:
+        return {"tokens_per_s": rate, "spread": 1.0, "peak_bytes": 3 * 2**30, "losses": [4.0]}
+
+    attention = {
+        "torch.softmax": {"refused": "does not fit"},
+        "torch SDPA": ran(20_000.0),
+        "flash_attn": ran(25_000.0),
+    }
+    table = training_table({"rows": [{"model": "m", "context": 4096, "attention": attention}]})
+    row = table.splitlines()[-1]
+    assert row == "| m, 4,096 | does not fit | 20,000; 3.0 GiB | 25,000; 3.0 GiB | 1.25 | - |"
