@@ -201,8 +201,7 @@ FLASH_DEVICE void load_pairs(const PairTiles& pairs, const ForwardParams& p,
     for (int box = 0; box < Layout::kBoxes; ++box)
       ptx::tma_load_4d(shared_address(shared.pairs.tile[ring.stage]) + box * Layout::kBoxBytes,
                        pairs.map, full, n * Traits::kBlockN + box * Layout::kBoxCols,
-                       tile.m_block * Traits::kBlockM, tile.head * pairs.head_step,
-                       tile.batch * pairs.batch_step, ptx::kEvictFirst);
+                       tile.m_block * Traits::kBlockM, tile.head, tile.batch, ptx::kEvictFirst);
   };
   follow_tiles<Traits>(shared, [&](const TileId& tile) {
     const Range blocks = tile_key_blocks<Traits>(p, tile);

@@ -14,7 +14,6 @@ enum class PairKind { kNone, kBias, kMask };
 struct PairTiles {
   CUtensorMap map;  ///< coordinates (key, query, head, batch)
   PairKind kind;
-  int head_step, batch_step;  ///< 0: broadcast
 };
 
 /// kRows x kCols elements in shared memory: boxes of at most 128 bytes of a row, one after another,

@@ -132,19 +132,15 @@ PairTiles make_pair_tiles(const ForwardParams& p, int rows, int cols) {
     const auto is_legal = [&](int64_t stride) {
       return stride >= 0 && stride * bytes % 16 == 0 && stride * bytes < int64_t{1} << 40;
     };
-    // A row that is the same for every query is read from global memory: all lanes want one line.
-    if (!view.data || view.k_stride != 1 || view.q_stride == 0 ||
+    if (!view.data || p.k_layout.max == 0 || view.k_stride != 1 ||
         reinterpret_cast<uintptr_t>(view.data) % 16 != 0 || !is_legal(view.q_stride) ||
         !is_legal(view.head_stride) || !is_legal(view.batch_stride))
-      return {.kind = PairKind::kNone};
-    const bool has_heads = view.head_stride != 0, has_batch = view.batch_stride != 0;
-    const int64_t any = 16 / bytes;  // a stride that is never used
-    const auto map = encode<4>(
-        type, bytes, view.data,
-        {p.k_layout.max, p.q_layout.max, has_heads ? p.num_heads : 1, has_batch ? p.batch : 1},
-        {view.q_stride, has_heads ? view.head_stride : any, has_batch ? view.batch_stride : any},
-        std::min(cols, 128 / bytes), rows);
-    return {map, kind, has_heads, has_batch};
+      return {.map = {}, .kind = PairKind::kNone};
+    return {
+        encode<4>(type, bytes, view.data, {p.k_layout.max, p.q_layout.max, p.num_heads, p.batch},
+                  {view.q_stride, view.head_stride, view.batch_stride}, std::min(cols, 128 / bytes),
+                  rows),
+        kind};
   };
   const ScoreMod& mod = p.features.score_mod;
   if (!mod.bias_is_float32) {
