@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-#include "cuda/sm90/backward_wide_launch.cuh"
+#include "cuda/sm90/backward_separate_launch.cuh"
 
 namespace flash::cuda::sm90 {
 
 template <>
 void launch_backward<256>(const BackwardParams& p, void* workspace, void* stream) {
-  launch_wide<WideTileD256>(p, workspace, stream);
+  const BackwardPlan plan = make_backward_plan(p);
+  launch_separate<SeparateTileD256>(p, plan, workspace, stream);
 }
 
 }  // namespace flash::cuda::sm90

@@ -13,11 +13,11 @@
 
 namespace flash::cuda::sm90 {
 
-/// acc[64 x kRowsB] (+)= A B^T over kDepth columns, such as S^T = K Q^T; one group of products. A
+/// acc[64 x kRowsB] = A B^T over kDepth columns, such as S^T = K Q^T; one group of products. A
 /// is 64 rows of a tile of kRowsA, B a whole tile.
 template <class Element, int kDepth, int kRowsA, int kRowsB>
 FLASH_DEVICE void issue_rows_by_rows(float (&acc)[kRowsB / 2], uint32_t rows_a,
-                                     const uint16_t* rows_b, bool adds = false) {
+                                     const uint16_t* rows_b) {
   constexpr uint64_t kLayout = ptx::descriptor_layout(16, 1024);
   const uint64_t a = ptx::descriptor(kLayout, rows_a);
   const uint64_t b = ptx::descriptor(kLayout, shared_address(rows_b));
@@ -27,7 +27,7 @@ FLASH_DEVICE void issue_rows_by_rows(float (&acc)[kRowsB / 2], uint32_t rows_a,
   for (int i = 0; i < kDepth / 16; ++i) {
     ptx::Wgmma<Element, kRowsB>::template ss<0, 0>(
         acc, ptx::advance(a, ptx::k_major_step(i, kRowsA)),
-        ptx::advance(b, ptx::k_major_step(i, kRowsB)), adds || i > 0);
+        ptx::advance(b, ptx::k_major_step(i, kRowsB)), i > 0);
   }
   ptx::wgmma_commit();
 }

@@ -11,7 +11,7 @@ namespace {
 BackwardRow choose_row(const BackwardParams& p) {
   const int length = p.k_layout.max;
   const int head_dim = backward_head_dim(p);
-  if (head_dim > 128) return BackwardRow::kWide;
+  if (head_dim > 128) return BackwardRow::kSeparate;
   if (head_dim == 96) return BackwardRow::kD128;
   if (head_dim == 64)
     return length <= (is_causal(p) ? 1024 : 512) ? BackwardRow::kD64Short : BackwardRow::kD64;
@@ -27,19 +27,17 @@ BackwardPlan make_backward_plan(const BackwardParams& p) {
   const int head_dim = backward_head_dim(p);
   BackwardPlan plan{};
   plan.row = choose_row(p);
-  const bool is_wide = plan.row == BackwardRow::kWide;
-  const int block_m = head_dim == 64 ? 128 : 64, block_n = is_wide ? 64 : 128;
+  const bool is_separate = plan.row == BackwardRow::kSeparate;
+  const int block_m = head_dim == 64 || is_separate ? 128 : 64, block_n = is_separate ? 64 : 128;
   plan.num_m_blocks = (p.q_layout.max + block_m - 1) / block_m;
   plan.num_n_blocks = (p.k_layout.max + block_n - 1) / block_n;
   plan.num_tiles = plan.num_n_blocks * p.num_heads_k * p.batch;
-  // A wide head has one writer for each result, and its blocks of queries come in pairs.
-  plan.num_m_blocks += is_wide && plan.num_m_blocks % 2 != 0;
-  plan.last_first = p.deterministic && is_causal(p) && !is_wide;
+  plan.last_first = p.deterministic && is_causal(p) && !is_separate;
   // Conversion by a kernel of its own wins at head dim 128, causal, up to 1k (312 against 290).
   plan.fused = !(plan.row == BackwardRow::kD128 && is_causal(p) && p.k_layout.max <= 1024);
   const int heads = p.batch * p.num_heads;
-  plan.dq_slots = is_wide ? 0 : heads;
-  if (plan.fused && !is_wide) {
+  plan.dq_slots = is_separate ? 0 : heads;
+  if (plan.fused && !is_separate) {
     // Heads in work at a time (the longest tile of a causal head is twice the mean one), and as
     // many being converted. With half of that, tiles wait: 445 instead of 528 at causal 4k.
     const int in_work =

@@ -6,8 +6,8 @@
 
 namespace flash::cuda::sm90 {
 
-/// kWide: head dims above 128, whose kernels keep no sums of dQ in memory.
-enum class BackwardRow { kD64, kD64Short, kD128, kD128Short, kWide };
+/// kSeparate: head dims above 128, whose kernels keep no sums of dQ in memory.
+enum class BackwardRow { kD64, kD64Short, kD128, kD128Short, kSeparate };
 
 struct BackwardPlan {
   BackwardRow row;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// dK and dV of head dims above 128. A tile is 64 keys of one key head, against all blocks of 64
+// dK and dV of head dims above 128. A tile is 64 keys of one key head, against all blocks of
 // queries of its query heads that see one of them. dV and dK fill half the registers of a
 // warpgroup each, so the products are split by what they make:
 //   warpgroup 1:  dV += P^T dO of the last block;   S = K Q^T,   P = exp(S - lse), to shared memory
@@ -10,9 +10,48 @@
 
 #include "cuda/sm90/backward_load.cuh"
 #include "cuda/sm90/backward_mma.cuh"
-#include "cuda/sm90/backward_wide_traits.cuh"
+#include "cuda/sm90/backward_separate_traits.cuh"
+#include "primitives/ptx/ldmatrix.cuh"
 
 namespace flash::cuda::sm90 {
+
+/// The first kHeld depth steps of this warp's rows of K or V, as A fragments.
+template <int kHeld, int kRows>
+FLASH_DEVICE void hold_rows(uint32_t (&held)[4 * kHeld], const uint16_t* tile, int warp) {
+  const int lane = threadIdx.x & 31, row = warp * 16 + (lane & 15);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int unit = (i % 4 * 2 + lane / 16) ^ (row & 7);
+    ldmatrix_x4(reinterpret_cast<uint32_t (&)[4]>(held[4 * i]),
+                shared_address(tile) + i / 4 * kRows * 128 + row * 128 + unit * 16);
+  }
+}
+
+/// acc[64 x kRowsB] (+)= A B^T over kSteps depth steps of A from kFirst on, B a whole tile; one
+/// group. Of A, the first kHeld steps are in registers.
+template <class Element, int kSteps, int kRowsA, int kRowsB, int kHeld>
+FLASH_DEVICE void issue_held_by_rows(float (&acc)[kRowsB / 2], uint32_t (&held)[4 * kHeld],
+                                     uint32_t rows_a, const uint16_t* rows_b, int first) {
+  constexpr uint64_t kLayout = ptx::descriptor_layout(16, 1024);
+  const uint64_t a = ptx::descriptor(kLayout, rows_a);
+  const uint64_t b = ptx::descriptor(kLayout, shared_address(rows_b));
+  using Product = ptx::Wgmma<Element, kRowsB>;
+  ptx::pin(acc);
+  ptx::pin(held);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    const int step = first + i;
+    const uint64_t b_step = ptx::advance(b, ptx::k_major_step(i, kRowsB));
+    if (step < kHeld) {
+      Product::template rs<0>(acc, &held[4 * step], b_step, step > 0);
+    } else {
+      Product::template ss<0, 0>(acc, ptx::advance(a, ptx::k_major_step(step, kRowsA)), b_step,
+                                 step > 0);
+    }
+  }
+  ptx::wgmma_commit();
+}
 
 enum class KeyGradient { kValues, kKeys };  // what a warpgroup makes: dV or dK
 
@@ -23,6 +62,8 @@ struct KeysCompute {
   static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   static constexpr int kParts = Traits::kQueryParts;
   static constexpr bool kMakesDv = kMakes == KeyGradient::kValues;
+  static constexpr int kDepth = kMakesDv ? Traits::kHeadDim : Traits::kHeadDimV;  // of S or dP
+  static constexpr int kHeld = Traits::kHeldSteps < kDepth / 16 ? Traits::kHeldSteps : kDepth / 16;
   static constexpr int kColumns = kMakesDv ? Traits::kHeadDimV : Traits::kHeadDim;
 
   const BackwardParams& p;
@@ -34,6 +75,7 @@ struct KeysCompute {
   const uint32_t p_at;  // this thread's P^T
 
   float acc[kColumns / 2];         // dV or dK
+  uint32_t held[4 * kHeld];        // of K or V
   uint32_t fragment[kBlockM / 4];  // P^T or dS^T of the last block
   // dV takes dO, and dK takes Q, a block later than dP and S.
   Ring<Traits::kQuerySlots> queries;
@@ -101,13 +143,12 @@ struct KeysCompute {
 #pragma unroll
     for (int i = 0; i < kParts; ++i, part.advance()) {
       ptx::mbarrier_wait(&shared.q_full[part.stage], part.parity);
-      issue_rows_by_rows<Element, Traits::kHeadDim / kParts, kBlockN, kBlockM>(
-          accS, shared_address(shared.k) + i * (kBlockN * Traits::kHeadDim * 2 / kParts),
-          shared.q[part.stage], /*adds=*/i > 0);
+      issue_held_by_rows<Element, kDepth / 16 / kParts, kBlockN, kBlockM, kHeld>(
+          accS, held, shared_address(shared.k), shared.q[part.stage], i * kDepth / 16 / kParts);
     }
     if constexpr (!kIsFirst) finish_gradient<kParts>();
     ptx::wgmma_wait<0>();
-    ptx::pin(accS);
+    ptx::pin(accS), ptx::pin(held);
     if (is_last) release(&shared.k_empty);
     if (is_masked) mask_scores<kBlockM>(mask, accS, m_block, key);
     probabilities<kBlockM>(accS, scale_log2, shared.lse_log2[queries.stage]);
@@ -124,18 +165,21 @@ struct KeysCompute {
   template <bool kIsFirst>
   FLASH_DEVICE void make_scores_gradient(bool is_last) {
     float accdP[kBlockM / 2];
-    uint32_t rP[kBlockM / 4];
     ptx::mbarrier_wait(&shared.dout_full[dout.stage], dout.parity);
-    issue_rows_by_rows<Element, Traits::kHeadDimV, kBlockN, kBlockM>(
-        accdP, shared_address(shared.v), shared.dout[dout.stage]);
+    issue_held_by_rows<Element, kDepth / 16, kBlockN, kBlockM, kHeld>(
+        accdP, held, shared_address(shared.v), shared.dout[dout.stage], 0);
     if constexpr (!kIsFirst) finish_gradient<1>();
     ptx::wgmma_wait<0>();
-    ptx::pin(accdP);
+    ptx::pin(accdP), ptx::pin(held);
     if (is_last) release(&shared.v_empty);
     ptx::mbarrier_wait(&shared.p_full, p_parity);
 #pragma unroll
-    for (int i = 0; i < kBlockM / 16; ++i) ptx::load_shared_v4(&rP[4 * i], p_at + i * 2048);
-    scores_gradient_16<Element, kBlockM>(rP, accdP, shared.delta[dout.stage]);
+    for (int i = 0; i < kBlockM / 16; ++i) {
+      uint32_t rP[4];
+      ptx::load_shared_v4(rP, p_at + i * 2048);
+      scores_gradient_16<Element, 16>(rP, reinterpret_cast<float (&)[8]>(accdP[8 * i]),
+                                      shared.delta[dout.stage] + 16 * i);
+    }
     release(&shared.p_empty);
     release(&shared.dout_empty[dout.stage]);
     dout.advance();
@@ -184,6 +228,7 @@ struct KeysCompute {
       if (tile.visit.begin < tile.visit.end) {
         ptx::mbarrier_wait(kMakesDv ? &shared.k_full : &shared.v_full, kv_parity);
         kv_parity ^= 1;
+        hold_rows<kHeld, kBlockN>(held, kMakesDv ? shared.k : shared.v, warp);
 #pragma unroll 1
         for (int g = 0; g < p.gqa_ratio(); ++g) run_head(tile, g + 1 == p.gqa_ratio());
       }

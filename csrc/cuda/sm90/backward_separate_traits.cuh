@@ -12,46 +12,53 @@
 
 namespace flash::cuda::sm90 {
 
-// Rows of the tile table. keys_kernel: Q comes in kQueryParts of its columns, of which kQuerySlots
-// fit beside kStages of dO; queries_kernel: stages of K, of V.
+// Rows of the tile table.
+//   keys_kernel     blocks of kQueryBlock queries. Q comes in kQueryParts of its columns, of which
+//                   kQuerySlots fit beside kStages of dO. The first kHeldSteps x 16 columns of K
+//                   and of V stay in registers.
+//   queries_kernel  blocks of kKeyBlock keys, stages of K and of V.
 // bf16, 16k tokens, hidden 2048, one H100; docs/hopper.md has what lost.
-struct WideTileD192 {
+struct SeparateTileD192 {
   static constexpr int kHeadDim = 192, kHeadDimV = 192;
-  static constexpr int kQueryParts = 1, kQuerySlots = 3, kStages = 3, kKeyStages = 3,
-                       kValueStages = 2;
+  static constexpr int kQueryBlock = 64, kQueryParts = 1, kQuerySlots = 3, kStages = 3;
+  static constexpr int kHeldSteps = 12;
+  static constexpr int kKeyBlock = 64, kKeyStages = 3, kValueStages = 2;
 };
-struct WideTileD192V128 {
+struct SeparateTileD192V128 {
   static constexpr int kHeadDim = 192, kHeadDimV = 128;
-  static constexpr int kQueryParts = 1, kQuerySlots = 3, kStages = 3, kKeyStages = 3,
-                       kValueStages = 2;
+  static constexpr int kQueryBlock = 64, kQueryParts = 1, kQuerySlots = 3, kStages = 3;
+  static constexpr int kHeldSteps = 8;
+  static constexpr int kKeyBlock = 96, kKeyStages = 2, kValueStages = 2;
 };
-struct WideTileD256 {
+struct SeparateTileD256 {
   static constexpr int kHeadDim = 256, kHeadDimV = 256;
-  static constexpr int kQueryParts = 2, kQuerySlots = 5, kStages = 2, kKeyStages = 2,
-                       kValueStages = 1;
+  static constexpr int kQueryBlock = 64, kQueryParts = 2, kQuerySlots = 5, kStages = 2;
+  static constexpr int kHeldSteps = 6;
+  static constexpr int kKeyBlock = 64, kKeyStages = 2, kValueStages = 1;
 };
 
 template <class Element_, class Tile>
-struct WideTraits : Tile {
+struct SeparateTraits : Tile {
   using Element = Element_;
   using Tile::kHeadDim, Tile::kHeadDimV;
-  static constexpr int kChunks = kHeadDim / 64, kChunksV = kHeadDimV / 64;  // of 64 columns
+  static constexpr int kChunks = (kHeadDim + 63) / 64, kChunksV = (kHeadDimV + 63) / 64;
   static constexpr int kThreads = 384, kLoadRegisters = 40, kMmaRegisters = 232;
   static constexpr int kMmaWarps = 8;
   static constexpr bool kSumsDq = false;
-  static_assert(kHeadDim % 64 == 0 && kHeadDimV % 64 == 0, "tiles are whole chunks");
 };
 
 template <class Element, class Tile>
-struct WideKeysTraits : WideTraits<Element, Tile> {
-  static constexpr int kBlockM = 64, kBlockN = 64;
+struct KeysTraits : SeparateTraits<Element, Tile> {
+  using Base = SeparateTraits<Element, Tile>;
+  using Base::kChunks, Base::kChunksV;
+  static constexpr int kBlockM = Tile::kQueryBlock, kBlockN = 64;
   using Tile::kQueryParts, Tile::kQuerySlots, Tile::kStages;
 
   struct SharedStorage {
-    uint16_t k[kBlockN * Tile::kHeadDim];
-    uint16_t v[kBlockN * Tile::kHeadDimV];
-    uint16_t q[kQuerySlots][kBlockM * Tile::kHeadDim / kQueryParts];
-    uint16_t dout[kStages][kBlockM * Tile::kHeadDimV];
+    uint16_t k[kBlockN * kChunks * 64];
+    uint16_t v[kBlockN * kChunksV * 64];
+    uint16_t q[kQuerySlots][kBlockM * kChunks * 64 / kQueryParts];
+    uint16_t dout[kStages][kBlockM * kChunksV * 64];
     uint32_t p[kBlockM * kBlockN / 2];  // P^T from thread to thread: [quarter][thread][4 pairs]
     float lse_log2[kQuerySlots][kBlockM], delta[kStages][kBlockM];  // lse: with the first part
     uint64_t k_full, k_empty, v_full, v_empty;
@@ -64,15 +71,17 @@ struct WideKeysTraits : WideTraits<Element, Tile> {
 };
 
 template <class Element, class Tile>
-struct WideQueriesTraits : WideTraits<Element, Tile> {
-  static constexpr int kBlockM = 128, kBlockN = 64;
+struct QueriesTraits : SeparateTraits<Element, Tile> {
+  using Base = SeparateTraits<Element, Tile>;
+  using Base::kChunks, Base::kChunksV;
+  static constexpr int kBlockM = 128, kBlockN = Tile::kKeyBlock;
   static constexpr int kKeyStages = Tile::kKeyStages, kValueStages = Tile::kValueStages;
 
   struct SharedStorage {
-    uint16_t q[kBlockM * Tile::kHeadDim];
-    uint16_t dout[kBlockM * Tile::kHeadDimV];
-    uint16_t k[kKeyStages][kBlockN * Tile::kHeadDim];
-    uint16_t v[kValueStages][kBlockN * Tile::kHeadDimV];
+    uint16_t q[kBlockM * kChunks * 64];
+    uint16_t dout[kBlockM * kChunksV * 64];
+    uint16_t k[kKeyStages][kBlockN * kChunks * 64];
+    uint16_t v[kValueStages][kBlockN * kChunksV * 64];
     float lse_log2[kBlockM], delta[kBlockM];
     uint64_t q_full, q_empty, dout_full, dout_empty;
     uint64_t k_full[kKeyStages], k_empty[kKeyStages];

@@ -9,7 +9,7 @@
 
 #include "cuda/sm90/backward_load.cuh"
 #include "cuda/sm90/backward_mma.cuh"
-#include "cuda/sm90/backward_wide_traits.cuh"
+#include "cuda/sm90/backward_separate_traits.cuh"
 
 namespace flash::cuda::sm90 {
 
