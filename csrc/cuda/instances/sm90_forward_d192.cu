@@ -8,4 +8,9 @@ void launch_forward<192, Variant::kPlain>(const ForwardParams& p, void* workspac
   launch_forward_tile<192, TileD192>(p, workspace, stream);
 }
 
+template <>
+void launch_forward<192, Variant::kGeneral>(const ForwardParams& p, void* workspace, void* stream) {
+  launch_forward_tile<192, TileD192General, Variant::kGeneral>(p, workspace, stream);
+}
+
 }  // namespace flash::cuda::sm90

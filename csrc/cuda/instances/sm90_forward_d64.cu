@@ -10,4 +10,9 @@ void launch_forward<64, Variant::kPlain>(const ForwardParams& p, void* workspace
   launch_forward_tile<64, TileD64Short>(p, workspace, stream);
 }
 
+template <>
+void launch_forward<64, Variant::kGeneral>(const ForwardParams& p, void* workspace, void* stream) {
+  launch_forward_tile<64, TileD64General, Variant::kGeneral>(p, workspace, stream);
+}
+
 }  // namespace flash::cuda::sm90

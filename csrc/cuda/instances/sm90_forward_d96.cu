@@ -8,4 +8,9 @@ void launch_forward<96, Variant::kPlain>(const ForwardParams& p, void* workspace
   launch_forward_tile<96, TileD96>(p, workspace, stream);
 }
 
+template <>
+void launch_forward<96, Variant::kGeneral>(const ForwardParams& p, void* workspace, void* stream) {
+  launch_forward_tile<96, TileD96General, Variant::kGeneral>(p, workspace, stream);
+}
+
 }  // namespace flash::cuda::sm90
