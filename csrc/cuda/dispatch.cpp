@@ -197,12 +197,13 @@ void backward(const BackwardParams& p, const Launch& launch) {
   const auto parts = BackwardWorkspace::of(p, scratch_bytes(kArch, p));
   char* const workspace = static_cast<char*>(launch.workspace);
   void* const stream = launch.stream;
-  if (spec.arch == Arch::kSm90) return backward_sm90(spec, p, workspace + parts.scratch, stream);
   const RowView delta = parts.delta_view(p, workspace);
   dispatch_dtype(p.dtype, [&]<DType kDType> {
     fill_gradient<kDType>(p.dq, p.q_layout, p.num_heads, p.batch, p.head_dim, stream);
     fill_gradient<kDType>(p.dk, p.k_layout, p.num_heads_k, p.batch, p.head_dim, stream);
     fill_gradient<kDType>(p.dv, p.k_layout, p.num_heads_k, p.batch, p.head_dim_v, stream);
+    if (spec.arch == Arch::kSm90)  // has a delta of its own
+      return backward_sm90(spec, p, workspace + parts.scratch, stream);
     launch_backward_delta<kDType>(p, delta, stream);
     backward_with_delta(spec, p, delta, workspace + parts.scratch, stream);
     if (p.dbias) launch_backward_bias<kDType>(p, delta, stream);

@@ -28,14 +28,14 @@ struct BackwardCompute {
   const BackwardSchedule& schedule;
   Shared& shared;
   const int lane, warp;
-  const IntervalMask mask;  // transposed: rows are keys
   const float scale_log2;
   const uint32_t sK, sV;
 
   float accdK[kHeadDim / 2], accdV[kHeadDim / 2];
   uint32_t rdS[kBlockM / 4];
   Ring<2> ring;
-  int key;  // first of this thread's two
+  int key;           // first of this thread's two
+  KeptColumns kept;  // queries that they keep
 
   FLASH_DEVICE BackwardCompute(const BackwardParams& params, const BackwardSchedule& s,
                                Shared& storage)
@@ -44,7 +44,6 @@ struct BackwardCompute {
         shared(storage),
         lane(threadIdx.x & 31),
         warp(warp_uniform((threadIdx.x >> 5) & 3)),
-        mask(params.mask.of(params.q_layout.max, params.k_layout.max).transposed()),
         scale_log2(static_cast<float>(params.softmax_scale * 1.4426950408889634)),
         sK(shared_address(storage.k) + kWarpgroup * 64 * 128),
         sV(shared_address(storage.v) + kWarpgroup * 64 * 128) {}
@@ -70,7 +69,7 @@ struct BackwardCompute {
     issue_rows_by_rows<Element, kHeadDim, kBlockN, kBlockM>(accdP, sV, shared.dout[stage]);
     ptx::wgmma_wait<1>();
     ptx::pin(accS);
-    if (is_masked) mask_scores<kBlockM>(mask, accS, m_block, key);
+    if (is_masked) mask_scores<kBlockM>(kept, accS, m_block);
     probabilities<kBlockM>(accS, scale_log2, shared.lse_log2[stage]);
   }
 
@@ -193,6 +192,7 @@ struct BackwardCompute {
     for (int index; (index = next_tile(shared, slot)) >= 0;) {
       const BackwardTileId tile = backward_tile<Traits>(p, schedule, index);
       key = tile.n_block * kBlockN + kWarpgroup * 64 + warp * 16 + lane / 4;
+      kept = KeptColumns(p.mask_of(tile.q, tile.k).transposed(), key);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) accdK[i] = accdV[i] = 0.f;
       if (tile.visit.begin < tile.visit.end) {
@@ -202,11 +202,9 @@ struct BackwardCompute {
 #pragma unroll 1
         for (int g = 0; g < p.gqa_ratio(); ++g) run_head(tile, g + 1 == p.gqa_ratio());
       }
-      store_rows<Element, kHeadDim>(p.dv, tile.batch, tile.head_k, accdV, 1.f, key, p.k_layout.max,
-                                    p.head_dim_v);
-      store_rows<Element, kHeadDim>(p.dk, tile.batch, tile.head_k, accdK,
-                                    static_cast<float>(p.softmax_scale), key, p.k_layout.max,
-                                    p.head_dim);
+      store_rows<Element, kHeadDim>(p.dv, tile.k, tile.head_k, accdV, 1.f, key, p.head_dim_v);
+      store_rows<Element, kHeadDim>(p.dk, tile.k, tile.head_k, accdK,
+                                    static_cast<float>(p.softmax_scale), key, p.head_dim);
     }
   }
 };

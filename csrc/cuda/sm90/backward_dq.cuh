@@ -75,7 +75,7 @@ FLASH_DEVICE void add_dq(const BackwardParams& p, const BackwardSchedule& schedu
           if (schedule.ordered) {
             ptx::bulk_wait_written<0>();
             counter.count(counter.uncounted);
-            const Range adding = adding_blocks<Traits>(p, m_block);
+            const Range adding = adding_blocks<Traits>(p, tile.q, tile.k, m_block);
             const int place =
                 schedule.last_first ? adding.end - 1 - tile.n_block : tile.n_block - adding.begin;
             const int turn = generation * (adding.end - adding.begin) + place;
@@ -123,7 +123,7 @@ FLASH_DEVICE void round_dq_half(const BackwardParams& p, uint32_t sums, int head
       m_block * Traits::kBlockM + (Traits::kDqSplitsRows ? half * 64 : 0) + lane / 4;
   // Split by columns or not at all: the second half starts at column kHeadDim / 2.
   const int column = (Traits::kDqSplitsRows ? 0 : half * (Traits::kHeadDim / 2)) + lane % 4 * 2;
-  const Sequence rows{0, head_index / p.num_heads, p.q_layout.max};
+  const Sequence rows = Sequence::of(p.q_layout, head_index / p.num_heads);
   auto* dq = static_cast<uint16_t*>(p.dq.data) + p.dq.offset(rows, head_index % p.num_heads);
   const float scale = static_cast<float>(p.softmax_scale);
 #pragma unroll 1
@@ -136,9 +136,9 @@ FLASH_DEVICE void round_dq_half(const BackwardParams& p, uint32_t sums, int head
       uint16_t* to = dq + row * p.dq.row_stride + column + c * 8;
       if (column + c * 8 >= p.head_dim) continue;
       using Element = typename Traits::Element;
-      if (row < p.q_layout.max)
+      if (row < rows.length)
         *reinterpret_cast<uint32_t*>(to) = pack<Element>(low.x * scale, low.y * scale);
-      if (row + 8 < p.q_layout.max)
+      if (row + 8 < rows.length)
         *reinterpret_cast<uint32_t*>(to + 8 * p.dq.row_stride) =
             pack<Element>(high.x * scale, high.y * scale);
     }
@@ -160,7 +160,9 @@ FLASH_DEVICE void convert_dq(const BackwardParams& p, const BackwardSchedule& sc
     const int64_t block = int64_t{dq_slot} * schedule.num_m_blocks + m_block;
     float* sums = schedule.dq_sums + block * Traits::kDqSize + half * kSize;
     if (lane == 0) {
-      const Range adding = adding_blocks<Traits>(p, m_block);
+      const int batch = head_index / p.num_heads;
+      const Range adding = adding_blocks<Traits>(p, Sequence::of(p.q_layout, batch),
+                                                 Sequence::of(p.k_layout, batch), m_block);
       const int needed = (head_index / schedule.dq_slots + 1) * (adding.end - adding.begin);
       while (ptx::load_acquire(schedule.arrivals + block) < needed) __nanosleep(100);
       ptx::fence_proxy_async_global();

@@ -34,14 +34,10 @@ inline BackwardSchedule make_backward_schedule(const BackwardPlan& plan, bool de
 
 template <class Traits>
 BackwardMaps make_backward_maps(const BackwardParams& p) {
-  const TensorShape q{p.batch, p.num_heads, p.q_layout.max, p.head_dim};
-  const TensorShape k{p.batch, p.num_heads_k, p.k_layout.max, p.head_dim};
-  const TensorShape v{p.batch, p.num_heads_k, p.k_layout.max, p.head_dim_v};
-  const TensorShape dout{p.batch, p.num_heads, p.q_layout.max, p.head_dim_v};
-  return {make_tensor_map(p.dtype, p.q, q, Traits::kBlockM),
-          make_tensor_map(p.dtype, p.k, k, Traits::kBlockN),
-          make_tensor_map(p.dtype, p.v, v, Traits::kBlockN),
-          make_tensor_map(p.dtype, p.dout, dout, Traits::kBlockM)};
+  return {make_tma_tensor(p, p.q, p.q_layout, p.num_heads, p.head_dim, Traits::kBlockM),
+          make_tma_tensor(p, p.k, p.k_layout, p.num_heads_k, p.head_dim, Traits::kBlockN),
+          make_tma_tensor(p, p.v, p.k_layout, p.num_heads_k, p.head_dim_v, Traits::kBlockN),
+          make_tma_tensor(p, p.dout, p.q_layout, p.num_heads, p.head_dim_v, Traits::kBlockM)};
 }
 
 template <class Traits>

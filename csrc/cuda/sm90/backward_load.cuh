@@ -7,18 +7,20 @@
 namespace flash::cuda::sm90 {
 
 struct BackwardMaps {
-  CUtensorMap q, k, v, dout;  ///< coordinates (column, row, head, batch), boxes of 64 columns
+  TmaTensor q, k, v, dout;  ///< boxes of 64 columns
 };
 
-/// Rows [row, + rows) of one head, kChunks chunks from column on; the bytes are counted on `full`,
-/// which expects them.
+/// Rows [row, + rows) of one sequence and head, kChunks chunks from column on; the bytes are
+/// counted on `full`, which expects them.
 template <int kChunks>
-FLASH_DEVICE void load_rows(const CUtensorMap& map, const uint16_t* tile, uint64_t* full, int rows,
-                            int row, int head, int batch, uint64_t policy, int column = 0) {
+FLASH_DEVICE void load_rows(const TmaTensor& tensor, const uint16_t* tile, uint64_t* full, int rows,
+                            const Sequence& sequence, int row, int head, uint64_t policy,
+                            int column = 0) {
+  const TmaRow first = tensor.first_row(sequence);
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    ptx::tma_load_4d(shared_address(tile) + c * rows * 128, map, full, column + c * 64, row, head,
-                     batch, policy);
+    ptx::tma_load_5d(shared_address(tile) + c * rows * 128, tensor.map, full, column + c * 64,
+                     first.row + row, head, first.slice, tensor.wrap, policy);
   }
 }
 
@@ -62,8 +64,8 @@ FLASH_DEVICE void load_backward_tiles(const BackwardMaps& maps, const BackwardPa
           uint64_t* q_full = &shared.q_full[queries.stage];
           ptx::mbarrier_wait(&shared.q_empty[queries.stage], queries.parity ^ 1);
           ptx::mbarrier_expect_bytes(q_full, kBlockM * (kPartChunks * 128 + (part == 0 ? 4 : 0)));
-          load_rows<kPartChunks>(maps.q, shared.q[queries.stage], q_full, kBlockM, row, head,
-                                 tile.batch, ptx::kEvictLast, part * kPartChunks * 64);
+          load_rows<kPartChunks>(maps.q, shared.q[queries.stage], q_full, kBlockM, tile.q, row,
+                                 head, ptx::kEvictLast, part * kPartChunks * 64);
           if (part == 0)
             ptx::bulk_load(shared_address(shared.lse_log2[queries.stage]),
                            schedule.lse_log2 + rows + row, kBlockM * 4, q_full);
@@ -72,22 +74,20 @@ FLASH_DEVICE void load_backward_tiles(const BackwardMaps& maps, const BackwardPa
         uint64_t* dout_full = &shared.dout_full[ring.stage];
         ptx::mbarrier_wait(&shared.dout_empty[ring.stage], ring.parity ^ 1);
         ptx::mbarrier_expect_bytes(dout_full, kBlockM * (kRowBytesV + 4));
-        load_rows<Traits::kChunksV>(maps.dout, shared.dout[ring.stage], dout_full, kBlockM, row,
-                                    head, tile.batch, ptx::kEvictLast);
+        load_rows<Traits::kChunksV>(maps.dout, shared.dout[ring.stage], dout_full, kBlockM, tile.q,
+                                    row, head, ptx::kEvictLast);
         ptx::bulk_load(shared_address(shared.delta[ring.stage]), schedule.delta + rows + row,
                        kBlockM * 4, dout_full);
         ring.advance();
         if (!is_first) continue;
         ptx::mbarrier_wait(&shared.v_empty, kv_parity);
         ptx::mbarrier_expect_bytes(&shared.v_full, kBlockN * kRowBytesV);
-        load_rows<Traits::kChunksV>(maps.v, shared.v, &shared.v_full, kBlockN,
-                                    tile.n_block * kBlockN, tile.head_k, tile.batch,
-                                    ptx::kEvictFirst);
+        load_rows<Traits::kChunksV>(maps.v, shared.v, &shared.v_full, kBlockN, tile.k,
+                                    tile.n_block * kBlockN, tile.head_k, ptx::kEvictFirst);
         ptx::mbarrier_wait(&shared.k_empty, kv_parity);
         ptx::mbarrier_expect_bytes(&shared.k_full, kBlockN * kRowBytes);
-        load_rows<Traits::kChunks>(maps.k, shared.k, &shared.k_full, kBlockN,
-                                   tile.n_block * kBlockN, tile.head_k, tile.batch,
-                                   ptx::kEvictFirst);
+        load_rows<Traits::kChunks>(maps.k, shared.k, &shared.k_full, kBlockN, tile.k,
+                                   tile.n_block * kBlockN, tile.head_k, ptx::kEvictFirst);
         kv_parity ^= 1;
         is_first = false;
       }

@@ -70,17 +70,29 @@ FLASH_DEVICE void issue_dq(float (&acc)[Traits::kDqN / 2], const uint16_t* ds, c
   ptx::wgmma_commit();
 }
 
-/// S = -inf where the mask drops the pair. Rows and columns are those of the mask: S^T takes the
-/// transposed one. `row` is the first of this thread's two rows.
+/// Columns that the two rows of this thread keep, for a whole tile: rows `row` and `row` + 8 of the
+/// mask, which S^T takes transposed.
+struct KeptColumns {
+  Range of_row[2];
+
+  KeptColumns() = default;
+  FLASH_DEVICE KeptColumns(const IntervalMask& mask, int row) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const bool exists = row + 8 * r < mask.seqlen_q;
+      of_row[r] = {exists ? mask.key_begin(row + 8 * r) : 0,
+                   exists ? mask.key_end(row + 8 * r) : 0};
+    }
+  }
+};
+
+/// S = -inf where the mask drops the pair.
 template <int kColumns>
-FLASH_DEVICE void mask_scores(const IntervalMask& mask, float (&accS)[kColumns / 2], int block,
-                              int row) {
+FLASH_DEVICE void mask_scores(const KeptColumns& kept, float (&accS)[kColumns / 2], int block) {
   const int first_column = block * kColumns + (threadIdx.x & 3) * 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const bool exists = row + 8 * r < mask.seqlen_q;
-    const int begin = exists ? mask.key_begin(row + 8 * r) - first_column : 0;
-    const int end = exists ? mask.key_end(row + 8 * r) - first_column : 0;
+    const int begin = kept.of_row[r].begin - first_column, end = kept.of_row[r].end - first_column;
 #pragma unroll
     for (int j = 0; j < kColumns / 4; ++j) {
       const int column = j / 2 * 8 + j % 2;
@@ -169,15 +181,14 @@ FLASH_DEVICE void transpose_quad(uint32_t (&v)[4]) {
   }
 }
 
-/// scale * acc to rows of a gradient of one head, 16 bytes per lane and row. `row` as in
-/// mask_scores; what lies beyond num_rows and columns is not written.
+/// scale * acc to rows of a gradient of one sequence and head, 16 bytes per lane and row. `row` as
+/// in mask_scores; what lies beyond the sequence and `columns` is not written.
 template <class Element, int kColumns>
-FLASH_DEVICE void store_rows(const TensorView& gradient, int batch, int head,
-                             const float (&acc)[kColumns / 2], float scale, int row, int num_rows,
-                             int columns) {
+FLASH_DEVICE void store_rows(const TensorView& gradient, const Sequence& sequence, int head,
+                             const float (&acc)[kColumns / 2], float scale, int row, int columns) {
   if (!gradient.data) return;
   const int column = (threadIdx.x & 3) * 8;
-  auto* to = static_cast<uint16_t*>(gradient.data) + gradient.offset({0, batch, num_rows}, head) +
+  auto* to = static_cast<uint16_t*>(gradient.data) + gradient.offset(sequence, head) +
              row * gradient.row_stride + column;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -190,7 +201,7 @@ FLASH_DEVICE void store_rows(const TensorView& gradient, int batch, int head,
         v[j] = pack<Element>(acc[i] * scale, acc[i + 1] * scale);
       }
       transpose_quad(v);
-      if (row + r * 8 < num_rows && column + c * 32 < columns)
+      if (row + r * 8 < sequence.length && column + c * 32 < columns)
         *reinterpret_cast<uint4*>(to + r * 8 * gradient.row_stride + c * 32) =
             uint4{v[0], v[1], v[2], v[3]};
     }

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(256)
       }
     }
   }
-  const Sequence rows{0, head / p.num_heads, p.q_layout.max};
+  const Sequence rows = Sequence::of(p.q_layout, head / p.num_heads);
   const int h = head % p.num_heads, lane = threadIdx.x % kLanes;
   const auto* out = static_cast<const uint16_t*>(p.out.data) + p.out.offset(rows, h);
   const auto* dout = static_cast<const uint16_t*>(p.dout.data) + p.dout.offset(rows, h);
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(256)
   for (int i = threadIdx.x / kLanes; i < kBlockM; i += blockDim.x / kLanes) {
     const int query = m_block * kBlockM + i;
     float delta = 0.f, row_lse = INFINITY;
-    if (query < p.q_layout.max) {
+    if (query < rows.length) {
       if (lane * 8 < p.head_dim_v) {
         const uint4 a = reinterpret_cast<const uint4*>(out + query * p.out.row_stride)[lane];
         const uint4 b = reinterpret_cast<const uint4*>(dout + query * p.dout.row_stride)[lane];
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(256)
     for (int offset = kLanes / 2; offset > 0; offset /= 2)
       delta += __shfl_xor_sync(0xffffffffu, delta, offset);
     if (lane == 0) {
-      if (dlse && query < p.q_layout.max) delta -= dlse[query];
+      if (dlse && query < rows.length) delta -= dlse[query];
       schedule.lse_log2[block * kBlockM + i] = row_lse;
       schedule.delta[block * kBlockM + i] = delta;
     }

@@ -70,7 +70,6 @@ struct KeysCompute {
   const BackwardSchedule& schedule;
   Shared& shared;
   const int lane, warp;
-  const IntervalMask mask;  // transposed: rows are keys
   const float scale_log2;
   const uint32_t p_at;  // this thread's P^T
 
@@ -81,7 +80,8 @@ struct KeysCompute {
   Ring<Traits::kQuerySlots> queries;
   Ring<Traits::kStages> dout;
   int p_parity = 0;
-  int key;  // first of this thread's two
+  int key;           // first of this thread's two
+  KeptColumns kept;  // queries that they keep
 
   FLASH_DEVICE KeysCompute(const BackwardParams& params, const BackwardSchedule& s, Shared& storage)
       : p(params),
@@ -89,7 +89,6 @@ struct KeysCompute {
         shared(storage),
         lane(threadIdx.x & 31),
         warp(warp_uniform((threadIdx.x >> 5) & 3)),
-        mask(params.mask.of(params.q_layout.max, params.k_layout.max).transposed()),
         scale_log2(static_cast<float>(params.softmax_scale * 1.4426950408889634)),
         p_at(shared_address(storage.p) + (threadIdx.x & 127) * 16) {}
 
@@ -150,7 +149,7 @@ struct KeysCompute {
     ptx::wgmma_wait<0>();
     ptx::pin(accS), ptx::pin(held);
     if (is_last) release(&shared.k_empty);
-    if (is_masked) mask_scores<kBlockM>(mask, accS, m_block, key);
+    if (is_masked) mask_scores<kBlockM>(kept, accS, m_block);
     probabilities<kBlockM>(accS, scale_log2, shared.lse_log2[queries.stage]);
 #pragma unroll
     for (int i = 0; i < kParts; ++i, queries.advance()) release(&shared.q_empty[queries.stage]);
@@ -223,6 +222,7 @@ struct KeysCompute {
     for (int index; (index = next_tile(shared, slot)) >= 0;) {
       const BackwardTileId tile = backward_tile<Traits>(p, schedule, index);
       key = tile.n_block * kBlockN + warp * 16 + lane / 4;
+      kept = KeptColumns(p.mask_of(tile.q, tile.k).transposed(), key);
 #pragma unroll
       for (int i = 0; i < kColumns / 2; ++i) acc[i] = 0.f;
       if (tile.visit.begin < tile.visit.end) {
@@ -232,9 +232,9 @@ struct KeysCompute {
 #pragma unroll 1
         for (int g = 0; g < p.gqa_ratio(); ++g) run_head(tile, g + 1 == p.gqa_ratio());
       }
-      store_rows<Element, kColumns>(kMakesDv ? p.dv : p.dk, tile.batch, tile.head_k, acc,
+      store_rows<Element, kColumns>(kMakesDv ? p.dv : p.dk, tile.k, tile.head_k, acc,
                                     kMakesDv ? 1.f : static_cast<float>(p.softmax_scale), key,
-                                    p.k_layout.max, kMakesDv ? p.head_dim_v : p.head_dim);
+                                    kMakesDv ? p.head_dim_v : p.head_dim);
     }
   }
 };

@@ -15,6 +15,7 @@ namespace flash::cuda::sm90 {
 
 struct QueryTileId {
   int m_block, head, batch;
+  Sequence q, k;
   Range visit;  ///< blocks of keys
 };
 
@@ -22,9 +23,9 @@ struct QueryTileId {
 template <class Traits>
 FLASH_DEVICE QueryTileId query_tile(const BackwardParams& p, int num_m_blocks, int index) {
   const int head = index / num_m_blocks, m_block = num_m_blocks - 1 - index % num_m_blocks;
-  const IntervalMask mask = p.mask.of(p.q_layout.max, p.k_layout.max);
-  return {m_block, head % p.num_heads, head / p.num_heads,
-          mask.key_blocks<Traits::kBlockM, Traits::kBlockN>(m_block).visit};
+  const int batch = head / p.num_heads;
+  const Sequence q = Sequence::of(p.q_layout, batch), k = Sequence::of(p.k_layout, batch);
+  return {m_block, head % p.num_heads, batch, q, k, adding_blocks<Traits>(p, q, k, m_block)};
 }
 
 /// One thread. The first K of a tile is loaded while the tile before still uses Q.
@@ -50,20 +51,20 @@ FLASH_DEVICE void load_query_tiles(const BackwardMaps& maps, const BackwardParam
       uint64_t* k_full = &shared.k_full[keys.stage];
       ptx::mbarrier_wait(&shared.k_empty[keys.stage], keys.parity ^ 1);
       ptx::mbarrier_expect_bytes(k_full, kBlockN * kChunks * 128);
-      load_rows<kChunks>(maps.k, shared.k[keys.stage], k_full, kBlockN, n_block * kBlockN, head_k,
-                         tile.batch, ptx::kEvictLast);
+      load_rows<kChunks>(maps.k, shared.k[keys.stage], k_full, kBlockN, tile.k, n_block * kBlockN,
+                         head_k, ptx::kEvictLast);
       keys.advance();
       if (is_first) {
         ptx::mbarrier_wait(&shared.q_empty, q_parity);
         ptx::mbarrier_expect_bytes(&shared.q_full, kBlockM * (kChunks * 128 + 4));
-        load_rows<kChunks>(maps.q, shared.q, &shared.q_full, kBlockM, row, tile.head, tile.batch,
+        load_rows<kChunks>(maps.q, shared.q, &shared.q_full, kBlockM, tile.q, row, tile.head,
                            ptx::kEvictFirst);
         ptx::bulk_load(shared_address(shared.lse_log2), schedule.lse_log2 + first_row, kBlockM * 4,
                        &shared.q_full);
         ptx::mbarrier_wait(&shared.dout_empty, q_parity);
         ptx::mbarrier_expect_bytes(&shared.dout_full, kBlockM * (kChunksV * 128 + 4));
-        load_rows<kChunksV>(maps.dout, shared.dout, &shared.dout_full, kBlockM, row, tile.head,
-                            tile.batch, ptx::kEvictFirst);
+        load_rows<kChunksV>(maps.dout, shared.dout, &shared.dout_full, kBlockM, tile.q, row,
+                            tile.head, ptx::kEvictFirst);
         ptx::bulk_load(shared_address(shared.delta), schedule.delta + first_row, kBlockM * 4,
                        &shared.dout_full);
         q_parity ^= 1;
@@ -71,8 +72,8 @@ FLASH_DEVICE void load_query_tiles(const BackwardMaps& maps, const BackwardParam
       uint64_t* v_full = &shared.v_full[values.stage];
       ptx::mbarrier_wait(&shared.v_empty[values.stage], values.parity ^ 1);
       ptx::mbarrier_expect_bytes(v_full, kBlockN * kChunksV * 128);
-      load_rows<kChunksV>(maps.v, shared.v[values.stage], v_full, kBlockN, n_block * kBlockN,
-                          head_k, tile.batch, ptx::kEvictLast);
+      load_rows<kChunksV>(maps.v, shared.v[values.stage], v_full, kBlockN, tile.k,
+                          n_block * kBlockN, head_k, ptx::kEvictLast);
       values.advance();
     }
   }
@@ -89,7 +90,6 @@ struct QueriesCompute {
   const BackwardSchedule& schedule;
   Shared& shared;
   const int lane, warp, warpgroup;
-  const IntervalMask mask;
   const float scale_log2;
   uint32_t sQ, sdO;
 
@@ -98,7 +98,8 @@ struct QueriesCompute {
   float lse_log2[2], delta[2];  // of this thread's two rows
   Ring<Traits::kKeyStages> keys, previous;
   Ring<Traits::kValueStages> values;
-  int row;  // the first of them
+  int row;           // the first of them
+  KeptColumns kept;  // keys that they keep
   int q_parity = 0;
 
   FLASH_DEVICE QueriesCompute(const BackwardParams& params, const BackwardSchedule& s,
@@ -109,7 +110,6 @@ struct QueriesCompute {
         lane(threadIdx.x & 31),
         warp(warp_uniform((threadIdx.x >> 5) & 3)),
         warpgroup(to_uniform(warpgroup_index)),
-        mask(params.mask.of(params.q_layout.max, params.k_layout.max)),
         scale_log2(static_cast<float>(params.softmax_scale * 1.4426950408889634)),
         sQ(shared_address(storage.q) + warpgroup * 64 * 128),
         sdO(shared_address(storage.dout) + warpgroup * 64 * 128) {}
@@ -163,7 +163,7 @@ struct QueriesCompute {
     ptx::wgmma_wait<1>();
     ptx::pin(accS);
     if (is_last) release(&shared.q_empty);
-    if (is_masked) mask_scores<kBlockN>(mask, accS, n_block, row);
+    if (is_masked) mask_scores<kBlockN>(kept, accS, n_block);
 #pragma unroll
     for (int i = 0; i < kBlockN / 2; ++i) {  // cut at 0: see probabilities()
       const float exponent = fmaf(accS[i], scale_log2, -lse_log2[i / 2 % 2]);
@@ -183,6 +183,8 @@ struct QueriesCompute {
   /// block that only the other's rows see is masked whole; leaving it out moves ring positions to
   /// vector registers: 85 R2UR a step.
   FLASH_DEVICE void run_tile(const QueryTileId& tile) {
+    const IntervalMask mask = p.mask_of(tile.q, tile.k);
+    kept = KeptColumns(mask, row);
     const Range full = mask.key_blocks<kBlockM / 2, kBlockN>(tile.m_block * 2 + warpgroup).full;
     const int full_begin = to_uniform(full.begin), full_end = to_uniform(full.end);
     const int end = to_uniform(tile.visit.end);
@@ -212,9 +214,8 @@ struct QueriesCompute {
         run_tile(tile);
         q_parity ^= 1;
       }
-      store_rows<Element, kHeadDim>(p.dq, tile.batch, tile.head, accdQ,
-                                    static_cast<float>(p.softmax_scale), row, p.q_layout.max,
-                                    p.head_dim);
+      store_rows<Element, kHeadDim>(p.dq, tile.q, tile.head, accdQ,
+                                    static_cast<float>(p.softmax_scale), row, p.head_dim);
     }
   }
 };

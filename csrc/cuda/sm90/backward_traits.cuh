@@ -101,6 +101,7 @@ struct BackwardSchedule {
 /// that dK and dV of a group leave once.
 struct BackwardTileId {
   int n_block, head_k, batch;
+  Sequence q, k;
   Range visit, full;  ///< blocks of queries: all, and those without a masked pair
 };
 
@@ -110,17 +111,21 @@ FLASH_DEVICE BackwardTileId backward_tile(const BackwardParams& p, const Backwar
   const int head = index / schedule.num_n_blocks;
   int n_block = index % schedule.num_n_blocks;
   if (schedule.last_first) n_block = schedule.num_n_blocks - 1 - n_block;
-  const IntervalMask mask = p.mask.of(p.q_layout.max, p.k_layout.max);
-  const BlockRanges blocks = mask.query_blocks<Traits::kBlockM, Traits::kBlockN>(n_block);
-  return {n_block, head % p.num_heads_k, head / p.num_heads_k, blocks.visit, blocks.full};
+  const int batch = head / p.num_heads_k;
+  const Sequence q = Sequence::of(p.q_layout, batch), k = Sequence::of(p.k_layout, batch);
+  BlockRanges blocks{};
+  if (n_block * Traits::kBlockN < k.length)  // else other sequences are longer
+    blocks = p.mask_of(q, k).query_blocks<Traits::kBlockM, Traits::kBlockN>(n_block);
+  return {n_block, head % p.num_heads_k, batch, q, k, blocks.visit, blocks.full};
 }
 
 /// Key blocks that add to dQ of a block of queries. Exactly those whose tiles visit it, unless the
 /// window is empty (which this backend does not take).
 template <class Traits>
-FLASH_DEVICE Range adding_blocks(const BackwardParams& p, int m_block) {
-  const IntervalMask mask = p.mask.of(p.q_layout.max, p.k_layout.max);
-  return mask.key_blocks<Traits::kBlockM, Traits::kBlockN>(m_block).visit;
+FLASH_DEVICE Range adding_blocks(const BackwardParams& p, const Sequence& q, const Sequence& k,
+                                 int m_block) {
+  if (m_block * Traits::kBlockM >= q.length) return {0, 0};
+  return p.mask_of(q, k).key_blocks<Traits::kBlockM, Traits::kBlockN>(m_block).visit;
 }
 
 /// Next tile index for one warp of a consumer; -1 at the end.

@@ -35,17 +35,13 @@ void launch_forward_traits(const ForwardParams& p, void* workspace, void* stream
   if (schedule.next_tile)
     FLASH_CUDA_CHECK(
         cudaMemsetAsync(counter, 0, sizeof *counter, static_cast<cudaStream_t>(stream)));
-  const auto tensor = [&](const TensorView& view, const SequenceLayout& layout, int heads,
-                          int columns, int box_rows) {
-    return make_tma_tensor(p.dtype, view, layout, tensor_shape(p, layout, heads, columns),
-                           box_rows);
-  };
   PairTiles pairs{};
   if constexpr (Traits::kGeneral) pairs = make_pair_tiles(p, Traits::kBlockM, Traits::kBlockN);
-  const ForwardMaps maps{tensor(p.q, p.q_layout, p.num_heads, p.head_dim, Traits::kBlockM),
-                         tensor(p.k, p.k_layout, p.num_heads_k, p.head_dim, Traits::kBlockN),
-                         tensor(p.v, p.k_layout, p.num_heads_k, p.head_dim_v, Traits::kBlockN),
-                         tensor(p.out, p.q_layout, p.num_heads, p.head_dim_v, 64), pairs};
+  const ForwardMaps maps{
+      make_tma_tensor(p, p.q, p.q_layout, p.num_heads, p.head_dim, Traits::kBlockM),
+      make_tma_tensor(p, p.k, p.k_layout, p.num_heads_k, p.head_dim, Traits::kBlockN),
+      make_tma_tensor(p, p.v, p.k_layout, p.num_heads_k, p.head_dim_v, Traits::kBlockN),
+      make_tma_tensor(p, p.out, p.q_layout, p.num_heads, p.head_dim_v, 64), pairs};
   launch(forward_kernel<Traits>, std::min(schedule.num_tiles, num_multiprocessors()),
          Traits::kThreads, sizeof(typename Traits::SharedStorage), stream, maps, p, schedule);
 }

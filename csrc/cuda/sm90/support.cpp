@@ -27,12 +27,12 @@ std::vector<std::string> why_unsupported(const ForwardParams& p, int bucket, int
   if (p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0 || p.head_dim == 0 || p.head_dim_v == 0)
     reasons.push_back("a head dim is not a positive multiple of 8");
   if (!reasons.empty()) return reasons;
-  const SequenceLayout &rows = p.q_layout, &keys = p.k_layout;
+  const SequenceLayout &queries = p.q_layout, &keys = p.k_layout;
   for (const std::string& reason :
-       {why_no_tma_tensor("q", p.q, rows, tensor_shape(p, rows, p.num_heads, p.head_dim)),
-        why_no_tma_tensor("k", p.k, keys, tensor_shape(p, keys, p.num_heads_k, p.head_dim)),
-        why_no_tma_tensor("v", p.v, keys, tensor_shape(p, keys, p.num_heads_k, p.head_dim_v)),
-        why_no_tma_tensor("out", p.out, rows, tensor_shape(p, rows, p.num_heads, p.head_dim_v))})
+       {why_no_tma_tensor("q", p, p.q, queries, p.num_heads, p.head_dim),
+        why_no_tma_tensor("k", p, p.k, keys, p.num_heads_k, p.head_dim),
+        why_no_tma_tensor("v", p, p.v, keys, p.num_heads_k, p.head_dim_v),
+        why_no_tma_tensor("out", p, p.out, queries, p.num_heads, p.head_dim_v)})
     if (!reason.empty()) reasons.push_back(reason);
   return reasons;
 }
@@ -48,12 +48,6 @@ bool is_ragged(const ForwardParams& p) {
   return p.q_layout.packed() || p.k_layout.packed() || p.q_layout.seqused || p.k_layout.seqused;
 }
 
-TensorShape tensor_shape(const ForwardParams& p, const SequenceLayout& layout, int heads,
-                         int columns) {
-  if (layout.packed()) return {1, heads, layout.total, columns};
-  return {p.batch, heads, layout.max, columns};
-}
-
 int forward_head_dim(const ForwardParams& p) { return smallest_bucket(p, {64, 96, 128, 192, 256}); }
 int backward_head_dim(const ForwardParams& p) { return forward_head_dim(p); }
 
@@ -66,7 +60,6 @@ std::vector<std::string> why_backward_unsupported(const ForwardParams& p) {
     reasons.push_back(
         "a mask tensor, bias, ALiBi, softcap, sink, dropout or a scale that is not positive is "
         "set");
-  if (is_ragged(p)) reasons.push_back("the batch is packed or has lengths of its own");
   if (p.mask.window_left < IntervalMask::kUnbounded &&
       p.mask.window_right < IntervalMask::kUnbounded &&
       p.mask.window_left + p.mask.window_right < 0)
@@ -75,13 +68,14 @@ std::vector<std::string> why_backward_unsupported(const ForwardParams& p) {
 }
 
 bool gradients_are_aligned(const BackwardParams& p) {
-  const TensorShape q{p.batch, p.num_heads, p.q_layout.max, p.head_dim};
-  const TensorShape k{p.batch, p.num_heads_k, p.k_layout.max, p.head_dim};
-  TensorShape v = k, dout = q;
-  v.columns = dout.columns = p.head_dim_v;
-  return why_no_tensor_map("dout", p.dout, dout).empty() &&
-         why_no_tensor_map("dq", p.dq, q).empty() && why_no_tensor_map("dk", p.dk, k).empty() &&
-         why_no_tensor_map("dv", p.dv, v).empty();
+  const auto is_aligned = [&](const TensorView& tensor, const SequenceLayout& layout, int heads,
+                              int columns) {
+    return why_no_tma_tensor("", p, tensor, layout, heads, columns).empty();
+  };
+  return is_aligned(p.dout, p.q_layout, p.num_heads, p.head_dim_v) &&
+         is_aligned(p.dq, p.q_layout, p.num_heads, p.head_dim) &&
+         is_aligned(p.dk, p.k_layout, p.num_heads_k, p.head_dim) &&
+         is_aligned(p.dv, p.k_layout, p.num_heads_k, p.head_dim_v);
 }
 
 int64_t forward_workspace_bytes(const ForwardParams&) { return sizeof(unsigned); }

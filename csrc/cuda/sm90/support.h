@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "attention/params.h"
-#include "cuda/sm90/tensor_map.h"
 
 namespace flash::cuda::sm90 {
 
@@ -23,10 +22,6 @@ bool is_causal(const ForwardParams& p);
 
 /// Sequences have lengths of their own: tiles differ in work, and some have none.
 bool is_ragged(const ForwardParams& p);
-
-/// Of a tensor with the rows of `layout`.
-TensorShape tensor_shape(const ForwardParams& p, const SequenceLayout& layout, int heads,
-                         int columns);
 
 /// Smallest compiled head dim that holds both: 64, 96, 128, 192 or 256; 0: none.
 int forward_head_dim(const ForwardParams& p);

@@ -26,10 +26,32 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-/// The stride that TMA is told: one that is never used, because the dimension has one entry, may
-/// break its rules.
-int64_t told_stride(int64_t stride, int64_t size, int columns) {
-  return size == 1 ? (columns + 7) / 8 * 8 : stride;
+/// A tensor (batch, heads, rows, columns) as TMA is told of it; packed: of one batch entry.
+struct Shape {
+  int64_t batch, heads, rows, columns;
+  int64_t batch_stride, head_stride, row_stride;
+
+  Shape(const ForwardParams& p, const TensorView& tensor, const SequenceLayout& layout, int heads_,
+        int columns_)
+      : batch(layout.packed() ? 1 : p.batch),
+        heads(heads_),
+        rows(layout.packed() ? layout.total : layout.max),
+        columns(columns_),
+        batch_stride(told(tensor.batch_stride, batch)),
+        head_stride(told(tensor.head_stride, heads)),
+        row_stride(told(tensor.row_stride, rows)) {}
+
+ private:
+  /// A stride that is never used, because the dimension has one entry, may break TMA's rules.
+  int64_t told(int64_t stride, int64_t size) const {
+    return size == 1 ? (columns + 7) / 8 * 8 : stride;
+  }
+};
+
+/// Whether bounds are those of a sequence, not of the tensor. TMA has no tensors without rows: such
+/// a one is all outside of its sequences.
+bool is_ragged(const SequenceLayout& layout, const Shape& shape) {
+  return layout.packed() || layout.seqused || shape.rows == 0;
 }
 
 /// Boxes of `box_cols` x `box_rows` elements, 1 in the other dimensions, in the 128-byte swizzle.
@@ -61,69 +83,42 @@ CUtensorMapDataType tma_type(DType dtype) {
                                    : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
 }
 
-/// Whether bounds are those of a sequence, not of the tensor. TMA has no tensors without rows: such
-/// a one is all outside of its sequences.
-bool is_ragged(const SequenceLayout& layout, const TensorShape& shape) {
-  return layout.packed() || layout.seqused || shape.rows == 0;
-}
-
 }  // namespace
 
-std::string why_no_tensor_map(const char* name, const TensorView& tensor,
-                              const TensorShape& shape) {
+std::string why_no_tma_tensor(const char* name, const ForwardParams& p, const TensorView& tensor,
+                              const SequenceLayout& layout, int heads, int columns) {
   const auto is_legal = [](int64_t stride) {
     return stride > 0 && stride % 8 == 0 && stride < (int64_t{1} << 39);
   };
   if (!tensor.data) return "";
+  const Shape shape(p, tensor, layout, heads, columns);
   if (reinterpret_cast<uintptr_t>(tensor.data) % 16 != 0)
     return std::string(name) + " starts at an address that is not a multiple of 16 bytes";
-  if (!is_legal(told_stride(tensor.batch_stride, shape.batch, shape.columns)) ||
-      !is_legal(told_stride(tensor.head_stride, shape.heads, shape.columns)) ||
-      !is_legal(told_stride(tensor.row_stride, shape.rows, shape.columns)))
+  if (!is_legal(shape.batch_stride) || !is_legal(shape.head_stride) || !is_legal(shape.row_stride))
     return std::string(name) + " has a stride that is 0 or not a multiple of 8 elements";
-  return "";
-}
-
-CUtensorMap make_tensor_map(DType dtype, const TensorView& tensor, const TensorShape& shape,
-                            int box_rows) {
-  return encode<4>(tma_type(dtype), 2, tensor.data,
-                   {shape.columns, shape.rows, shape.heads, shape.batch},
-                   {told_stride(tensor.row_stride, shape.rows, shape.columns),
-                    told_stride(tensor.head_stride, shape.heads, shape.columns),
-                    told_stride(tensor.batch_stride, shape.batch, shape.columns)},
-                   64, box_rows);
-}
-
-std::string why_no_tma_tensor(const char* name, const TensorView& tensor,
-                              const SequenceLayout& layout, const TensorShape& shape) {
-  const std::string reason = why_no_tensor_map(name, tensor, shape);
-  if (!reason.empty() || !is_ragged(layout, shape)) return reason;
-  const int64_t row = told_stride(tensor.row_stride, shape.rows, shape.columns);
-  const int64_t last = tensor.batch_stride * (shape.batch - 1) / row + shape.rows;
-  if (shape.batch > 1 && tensor.batch_stride % row != 0)
+  if (!is_ragged(layout, shape)) return "";
+  if (shape.batch > 1 && shape.batch_stride % shape.row_stride != 0)
     return std::string(name) + " has a batch stride that is not a multiple of its row stride";
-  if (row >= TmaTensor::kWrap || last > std::numeric_limits<int>::max())
+  const int64_t last = shape.batch_stride / shape.row_stride * (shape.batch - 1) + shape.rows;
+  if (shape.row_stride >= TmaTensor::kWrap || last > std::numeric_limits<int>::max())
     return std::string(name) + " has too many rows";
   return "";
 }
 
-TmaTensor make_tma_tensor(DType dtype, const TensorView& tensor, const SequenceLayout& layout,
-                          const TensorShape& shape, int box_rows) {
-  const int64_t row = told_stride(tensor.row_stride, shape.rows, shape.columns);
-  const int64_t head = told_stride(tensor.head_stride, shape.heads, shape.columns);
-  const int64_t batch = told_stride(tensor.batch_stride, shape.batch, shape.columns);
-  if (!is_ragged(layout, shape)) {
-    const auto map = encode<5>(tma_type(dtype), 2, tensor.data,
-                               {shape.columns, shape.rows, shape.heads, shape.batch, 1},
-                               {row, head, batch, 8}, 64, box_rows);
-    return {map, 0, 0};
-  }
+TmaTensor make_tma_tensor(const ForwardParams& p, const TensorView& tensor,
+                          const SequenceLayout& layout, int heads, int columns, int box_rows) {
+  const Shape s(p, tensor, layout, heads, columns);
+  if (!is_ragged(layout, s))
+    return {encode<5>(tma_type(p.dtype), 2, tensor.data, {s.columns, s.rows, s.heads, s.batch, 1},
+                      {s.row_stride, s.head_stride, s.batch_stride, 8}, 64, box_rows),
+            0, 0};
   constexpr int64_t kAll = std::numeric_limits<int>::max();
   alignas(16) static const char nothing[16] = {};  // an address that is never read
-  const auto map = encode<5>(tma_type(dtype), 2, tensor.data ? tensor.data : nothing,
-                             {shape.columns, TmaTensor::kRaggedRows, shape.heads, kAll, kAll},
-                             {row, head, row, TmaTensor::kWrap - row}, 64, box_rows);
-  return {map, TmaTensor::kRaggedRows, shape.batch > 1 ? int(tensor.batch_stride / row) : 0};
+  return {encode<5>(tma_type(p.dtype), 2, tensor.data ? tensor.data : nothing,
+                    {s.columns, TmaTensor::kRaggedRows, s.heads, kAll, kAll},
+                    {s.row_stride, s.head_stride, s.row_stride, TmaTensor::kWrap - s.row_stride},
+                    64, box_rows),
+          TmaTensor::kRaggedRows, s.batch > 1 ? int(s.batch_stride / s.row_stride) : 0};
 }
 
 PairTiles make_pair_tiles(const ForwardParams& p, int rows, int cols) {
