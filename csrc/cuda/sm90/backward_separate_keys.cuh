@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// dK and dV of head dims above 128. A tile is 64 keys of one key head, against all blocks of
-// queries of its query heads that see one of them. dV and dK fill half the registers of a
-// warpgroup each, so the products are split by what they make:
+// dK and dV where dQ has a kernel of its own. A tile is 64 keys of one key head, against all blocks
+// of queries of its query heads that see one of them. At head dim 256, dV and dK fill half the
+// registers of a warpgroup each, so the products are split by what they make:
 //   warpgroup 1:  dV += P^T dO of the last block;   S = K Q^T,   P = exp(S - lse), to shared memory
 //   warpgroup 2:  dK += dS^T Q of the last block;  dP = V dO^T, dS = P o (dP - delta)
 // One is at its arithmetic while the other's products run: P, which 1 makes and 2 waits for, keeps
@@ -27,7 +27,7 @@ FLASH_DEVICE void hold_rows(uint32_t (&held)[4 * kHeld], const uint16_t* tile, i
   }
 }
 
-/// acc[64 x kRowsB] (+)= A B^T over kSteps depth steps of A from kFirst on, B a whole tile; one
+/// acc[64 x kRowsB] (+)= A B^T over kSteps depth steps of A, `first` and on, B a whole tile; one
 /// group. Of A, the first kHeld steps are in registers.
 template <class Element, int kSteps, int kRowsA, int kRowsB, int kHeld>
 FLASH_DEVICE void issue_held_by_rows(float (&acc)[kRowsB / 2], uint32_t (&held)[4 * kHeld],
@@ -61,6 +61,7 @@ struct KeysCompute {
   using Shared = typename Traits::SharedStorage;
   static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   static constexpr int kParts = Traits::kQueryParts;
+  static_assert(kParts == 1 || kParts == 2, "finish_gradient() waits for one or two groups");
   static constexpr bool kMakesDv = kMakes == KeyGradient::kValues;
   static constexpr int kDepth = kMakesDv ? Traits::kHeadDim : Traits::kHeadDimV;  // of S or dP
   static constexpr int kHeld = Traits::kHeldSteps < kDepth / 16 ? Traits::kHeldSteps : kDepth / 16;
@@ -97,7 +98,7 @@ struct KeysCompute {
     if (lane == 0) ptx::mbarrier_arrive(barrier);
   }
 
-  /// dV += P^T dO of the last block; one group. A part of dK += dS^T Q; kParts groups.
+  /// dV += P^T dO of the last block, one group; or dK += dS^T Q, a group for each part of Q.
   FLASH_DEVICE void issue_gradient() {
     if constexpr (kMakesDv) {
       ptx::mbarrier_wait(&shared.dout_full[dout.stage], dout.parity);
@@ -113,7 +114,7 @@ struct KeysCompute {
       }
     }
   }
-  /// Waits for it, with kPending groups behind it.
+  /// Waits for it, with kPending groups queued behind it, and gives dO or Q back.
   template <int kPending>
   FLASH_DEVICE void finish_gradient() {
     if constexpr (kMakesDv) {
@@ -275,7 +276,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int warpgroup = warp_uniform(threadIdx.x >> 7);
   if (warpgroup == 0) {
     ptx::shrink_registers<Traits::kLoadRegisters>();
-    if (threadIdx.x == 0) load_backward_tiles<Traits>(maps, p, schedule, shared);
+    if (threadIdx.x == 0) {
+      ptx::wait_for_previous_grid();  // lse, delta and counters, which queries_kernel needs too
+      ptx::launch_next_grid();
+      load_backward_tiles<Traits>(maps, p, schedule, shared);
+    }
   } else if (warpgroup == 1) {
     ptx::grow_registers<Traits::kMmaRegisters>();
     KeysCompute<Traits, KeyGradient::kValues>(p, schedule, shared).run();

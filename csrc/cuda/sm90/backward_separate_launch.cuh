@@ -7,7 +7,8 @@
 
 namespace flash::cuda::sm90 {
 
-/// Gradients that are not wanted are not computed.
+/// Gradients that are not wanted are not computed. The CTAs of queries_kernel start as those of
+/// keys_kernel end: it needs nothing of them.
 template <class Element, class Tile>
 void launch_separate_element(const BackwardParams& p, const BackwardPlan& plan, void* workspace,
                              void* stream) {
@@ -17,15 +18,25 @@ void launch_separate_element(const BackwardParams& p, const BackwardPlan& plan, 
   const int heads = p.batch * p.num_heads;
   schedule.num_m_blocks = plan.num_m_blocks * (Queries::kBlockM / Keys::kBlockM);
   launch(prepare_kernel<Keys>, int64_t{heads} * schedule.num_m_blocks, 256, 0, stream, p, schedule);
-  if (p.dk.data || p.dv.data)
-    launch(keys_kernel<Keys>, std::min(plan.num_tiles, num_multiprocessors()), Keys::kThreads,
-           sizeof(typename Keys::SharedStorage), stream, make_backward_maps<Keys>(p), p, schedule);
+  const int sms = num_multiprocessors();
+  const bool wants_keys = p.dk.data || p.dv.data;
+  if (wants_keys)
+    launch_early(keys_kernel<Keys>, std::min(plan.num_tiles, sms), Keys::kThreads,
+                 sizeof(typename Keys::SharedStorage), stream, make_backward_maps<Keys>(p), p,
+                 schedule);
   if (!p.dq.data) return;
   schedule.num_m_blocks = plan.num_m_blocks;
   schedule.num_tiles = heads * plan.num_m_blocks;
-  launch(queries_kernel<Queries>, std::min(schedule.num_tiles, num_multiprocessors()),
-         Queries::kThreads, sizeof(typename Queries::SharedStorage), stream,
-         make_backward_maps<Queries>(p), p, schedule);
+  const BackwardMaps maps = make_backward_maps<Queries>(p);
+  const int ctas = std::min(schedule.num_tiles, sms);
+  constexpr size_t kSharedBytes = sizeof(typename Queries::SharedStorage);
+  if (wants_keys) {
+    launch_early(queries_kernel<Queries>, ctas, Queries::kThreads, kSharedBytes, stream, maps, p,
+                 schedule);
+  } else {
+    launch(queries_kernel<Queries>, ctas, Queries::kThreads, kSharedBytes, stream, maps, p,
+           schedule);
+  }
 }
 
 template <class Tile>

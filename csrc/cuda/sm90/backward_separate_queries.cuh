@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// dQ of head dims above 128. A tile is 128 queries of one head, 64 a warpgroup, against all blocks
-// of 64 keys that one of them sees. Q and dO stay, K and V pass by. A step, for key block n:
+// dQ in a kernel of its own. A tile is 128 queries of one head, 64 a warpgroup, against all blocks
+// of keys that one of them sees. Q and dO stay, K and V pass by. A step, for key block n:
 //   dQ += dS(n - 1) K(n - 1);  S = Q K(n)^T;  dP = dO V(n)^T, P = exp(S - lse) under it
 //   dS(n) = P o (dP - delta), an A fragment without leaving the registers
-// K(n - 1) is given back first: K has two stages, V one. Each warpgroup's arithmetic is hidden by
-// the other's products.
+// K(n - 1) is given back first: at head dim 256, K has two stages and V one. Each warpgroup's
+// arithmetic is hidden by the other's products.
 #pragma once
 
 #include "cuda/sm90/backward_load.cuh"
@@ -254,7 +254,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int warpgroup = warp_uniform(threadIdx.x >> 7);
   if (warpgroup == 0) {
     ptx::shrink_registers<Traits::kLoadRegisters>();
-    if (threadIdx.x == 0) load_query_tiles<Traits>(maps, p, schedule, shared);
+    if (threadIdx.x == 0) {
+      load_query_tiles<Traits>(maps, p, schedule, shared);
+      ptx::wait_for_previous_grid();  // so that this grid ends after keys_kernel
+    }
   } else {
     ptx::grow_registers<Traits::kMmaRegisters>();
     QueriesCompute<Traits>(p, schedule, shared, warpgroup - 1).run();
