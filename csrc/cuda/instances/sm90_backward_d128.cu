@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "cuda/sm90/backward_launch.cuh"
+#include "cuda/sm90/backward_separate_launch.cuh"
 
 namespace flash::cuda::sm90 {
 
 template <>
 void launch_backward<128>(const BackwardParams& p, void* workspace, void* stream) {
   const BackwardPlan plan = make_backward_plan(p);
+  if (plan.row == BackwardRow::kSeparate)
+    return launch_separate<SeparateTileD128>(p, plan, workspace, stream);
   if (plan.row == BackwardRow::kD128Short)
     return launch_backward_tile<128, BackwardTileD128Short>(p, plan, workspace, stream);
   launch_backward_tile<128, BackwardTileD128>(p, plan, workspace, stream);

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "cuda/sm90/backward_launch.cuh"
+#include "cuda/sm90/backward_separate_launch.cuh"
 
 namespace flash::cuda::sm90 {
 
 template <>
 void launch_backward<96>(const BackwardParams& p, void* workspace, void* stream) {
-  launch_backward_tile<96, BackwardTileD128>(p, make_backward_plan(p), workspace, stream);
+  const BackwardPlan plan = make_backward_plan(p);
+  if (plan.row == BackwardRow::kSeparate)
+    return launch_separate<SeparateTileD96>(p, plan, workspace, stream);
+  launch_backward_tile<96, BackwardTileD128>(p, plan, workspace, stream);
 }
 
 }  // namespace flash::cuda::sm90

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     ptx::shrink_registers<Traits::kLoadRegisters>();
     if (threadIdx.x == 0) load_backward_tiles<Traits>(maps, p, schedule, shared);
     if (warp == 1) add_dq<Traits>(p, schedule, shared);
-    if (warp >= 2 && schedule.fused) convert_dq<Traits>(p, schedule, shared, warp - 2);
+    if (warp >= 2) convert_dq<Traits>(p, schedule, shared, warp - 2);
   } else if (warpgroup == 1) {
     ptx::grow_registers<Traits::kFirstRegisters>();
     BackwardCompute<Traits, 0>(p, schedule, shared).run();

@@ -82,7 +82,7 @@ FLASH_DEVICE void add_dq(const BackwardParams& p, const BackwardSchedule& schedu
             while (ptx::load_acquire(arrivals + m_block) < turn) {
             }
             ptx::fence_proxy_async_global();
-          } else if (schedule.fused && counter.uncounted > kBatch) {
+          } else if (counter.uncounted > kBatch) {
             ptx::bulk_wait_written<1>();
             counter.count(kBatch);
           }
@@ -103,7 +103,7 @@ FLASH_DEVICE void add_dq(const BackwardParams& p, const BackwardSchedule& schedu
         }
         __syncwarp();
       }
-      if (is_leader && (schedule.fused || schedule.ordered)) {
+      if (is_leader) {
         ptx::bulk_wait_written<0>();
         counter.count(counter.uncounted);
       }
@@ -118,6 +118,7 @@ FLASH_DEVICE void add_dq(const BackwardParams& p, const BackwardSchedule& schedu
 template <class Traits>
 FLASH_DEVICE void round_dq_half(const BackwardParams& p, uint32_t sums, int head_index, int m_block,
                                 int half) {
+  if (!p.dq.data) return;
   const int lane = threadIdx.x % 32;
   const int first_row =
       m_block * Traits::kBlockM + (Traits::kDqSplitsRows ? half * 64 : 0) + lane / 4;

@@ -20,7 +20,6 @@ inline BackwardSchedule make_backward_schedule(const BackwardPlan& plan, bool de
   schedule.num_n_blocks = plan.num_n_blocks;
   schedule.num_tiles = plan.num_tiles;
   schedule.dq_slots = plan.dq_slots;
-  schedule.fused = plan.fused;
   schedule.ordered = deterministic;
   schedule.last_first = plan.last_first;
   schedule.lse_log2 = static_cast<float*>(workspace);
@@ -49,8 +48,6 @@ void launch_backward_traits(const BackwardParams& p, const BackwardPlan& plan, v
   launch(prepare_kernel<Traits>, query_blocks, 256, 0, stream, p, schedule);
   launch(backward_kernel<Traits>, std::min(plan.num_tiles, num_multiprocessors()), Traits::kThreads,
          sizeof(typename Traits::SharedStorage), stream, maps, p, schedule);
-  if (!plan.fused && p.dq.data)
-    launch(convert_kernel<Traits>, query_blocks, 64, 0, stream, p, schedule);
 }
 
 /// Element of the call; the row of the tile table is the plan's.

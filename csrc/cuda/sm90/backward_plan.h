@@ -6,13 +6,13 @@
 
 namespace flash::cuda::sm90 {
 
-/// kSeparate: head dims above 128, whose kernels keep no sums of dQ in memory.
+/// kSeparate: dQ by a kernel of its own, without sums of dQ in memory.
 enum class BackwardRow { kD64, kD64Short, kD128, kD128Short, kSeparate };
 
 struct BackwardPlan {
   BackwardRow row;
   int num_m_blocks, num_n_blocks, num_tiles, dq_slots;
-  bool fused, last_first;
+  bool last_first;
   int64_t delta_at, dq_sums_at, counters_at;  ///< bytes from the start; lse_log2 is at 0
   int64_t bytes;
 };

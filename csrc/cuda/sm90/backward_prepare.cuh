@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The kernels before and after the main one.
+// The kernel before the main ones.
 #pragma once
 
 #include <bit>
@@ -65,24 +65,6 @@ __global__ void __launch_bounds__(256)
       schedule.delta[block * kBlockM + i] = delta;
     }
   }
-}
-
-/// dq = scale * sums, where no warp of the main kernel does it. Two warps, a half of a block each.
-template <class Traits>
-__global__ void __launch_bounds__(64)
-    convert_kernel(const __grid_constant__ BackwardParams p,
-                   const __grid_constant__ BackwardSchedule schedule) {
-  constexpr int kSize = Traits::kDqSize / 2;
-  __shared__ __align__(16) float half_dq[2][kSize];
-  const int half = threadIdx.x / 32;
-  const auto* sums = reinterpret_cast<const float4*>(
-      schedule.dq_sums + int64_t{blockIdx.x} * Traits::kDqSize + half * kSize);
-#pragma unroll 8
-  for (int i = threadIdx.x % 32; i < kSize / 4; i += 32)
-    reinterpret_cast<float4*>(half_dq[half])[i] = sums[i];
-  __syncwarp();
-  round_dq_half<Traits>(p, shared_address(half_dq[half]), blockIdx.x / schedule.num_m_blocks,
-                        blockIdx.x % schedule.num_m_blocks, half);
 }
 
 }  // namespace flash::cuda::sm90

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Head dims above 128. A CTA has registers for dK and dV of 64 keys only; each block of keys would
-// add fp32 dQ to memory, seqlen_q x head_dim x 4 bytes, and at 3 TB/s these additions alone cap
-// head dim 256 at 480 TFLOP/s. So there are two kernels:
+// dQ in a kernel of its own, where sums of dQ in memory cost more than S and dP twice: above head
+// dim 128, and for short sequences. Above 128 a CTA has registers for dK and dV of 64 keys only,
+// each block of keys would add seqlen_q x head_dim x 4 bytes, and at 3 TB/s these additions alone
+// cap head dim 256 at 480 TFLOP/s. So there are two kernels:
 //   keys_kernel     dK, dV of 64 keys, against blocks of queries: S, dP, dV, dK;
 //   queries_kernel  dQ of 128 queries, against blocks of keys:    S, dP, dQ.
-// Seven products instead of five, but no sums in memory, nothing to clear or to convert, and every
-// result has one writer: the same bits in every run.
+// Seven products instead of five, but nothing to add, clear or convert, and every result has one
+// writer: the same bits in every run.
 #pragma once
 
 #include "cuda/sm90/backward_traits.cuh"
@@ -17,20 +18,33 @@ namespace flash::cuda::sm90 {
 //                   kQuerySlots fit beside kStages of dO. The first kHeldSteps x 16 columns of K
 //                   and of V stay in registers.
 //   queries_kernel  blocks of kKeyBlock keys, stages of K and of V.
-// bf16, 16k tokens, hidden 2048, one H100; docs/hopper.md has what lost.
-struct SeparateTileD192 {
+// bf16, 16k tokens, hidden 2048, one H200; docs/hopper.md has what lost.
+struct SeparateTileD96 {  // short sequences: see choose_row in backward_plan.cpp
+  static constexpr int kHeadDim = 96, kHeadDimV = 96;
+  static constexpr int kQueryBlock = 128, kQueryParts = 1, kQuerySlots = 2, kStages = 2;
+  static constexpr int kHeldSteps = 6;
+  static constexpr int kKeyBlock = 96, kKeyStages = 3, kValueStages = 2;
+};
+struct SeparateTileD128 {  // the same
+  static constexpr int kHeadDim = 128, kHeadDimV = 128;
+  static constexpr int kQueryBlock = 128, kQueryParts = 1, kQuerySlots = 2, kStages = 2;
+  static constexpr int kHeldSteps = 8;
+  static constexpr int kKeyBlock = 96, kKeyStages = 3, kValueStages = 2;
+};
+struct SeparateTileD192 {  // all of K and V in registers: +3 to +7 %; 96 keys a block: -4 to +1 %
   static constexpr int kHeadDim = 192, kHeadDimV = 192;
   static constexpr int kQueryBlock = 64, kQueryParts = 1, kQuerySlots = 3, kStages = 3;
   static constexpr int kHeldSteps = 12;
   static constexpr int kKeyBlock = 64, kKeyStages = 3, kValueStages = 2;
 };
-struct SeparateTileD192V128 {
+struct SeparateTileD192V128 {  // against 64 queries +4 to +7 % from 4k, -3 % at 512; 96 keys +3 %
   static constexpr int kHeadDim = 192, kHeadDimV = 128;
-  static constexpr int kQueryBlock = 64, kQueryParts = 1, kQuerySlots = 3, kStages = 3;
-  static constexpr int kHeldSteps = 8;
+  static constexpr int kQueryBlock = 128, kQueryParts = 1, kQuerySlots = 2, kStages = 2;
+  static constexpr int kHeldSteps = 2;  // 4 serialise (C7512)
   static constexpr int kKeyBlock = 96, kKeyStages = 2, kValueStages = 2;
 };
-struct SeparateTileD256 {
+struct SeparateTileD256 {  // Q in halves: +4 to +12 %; 96 columns of K and V in registers: +1 to 2
+                           // %
   static constexpr int kHeadDim = 256, kHeadDimV = 256;
   static constexpr int kQueryBlock = 64, kQueryParts = 2, kQuerySlots = 5, kStages = 2;
   static constexpr int kHeldSteps = 6;

@@ -86,8 +86,7 @@ enum class NamedBarrier : int {
 /// What the pre-kernel prepares, and how the tiles are numbered.
 struct BackwardSchedule {
   int num_m_blocks, num_n_blocks, num_tiles;
-  int dq_slots;  ///< heads in dq_sums: a ring that stays in L2, or all of them
-  bool fused;  ///< idle warps convert dQ; else a kernel does afterwards, and the ring has all heads
+  int dq_slots;             ///< heads in dq_sums: a ring that stays in L2
   bool ordered;             ///< deterministic: key blocks add to dQ in turn
   bool last_first;          ///< ordered causal: the last key block of a head first
   float *lse_log2, *delta;  ///< (batch, num_heads, num_m_blocks * kBlockM): +inf, 0 in padding
