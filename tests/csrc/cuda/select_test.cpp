@@ -80,7 +80,9 @@ void hopper_falls_back_in_its_backward_alone() {
           Arch::kSm90);
   p.features.score_mod.softcap = 30;
   CHECK(select(Arch::kSm90, p, Direction::kBackward).arch == Arch::kSm80);
-  CHECK(!why_unsupported(Arch::kSm90, p, Direction::kForward, kH100).empty());
+  CHECK(select(Arch::kSm90, p, Direction::kForward).arch == Arch::kSm90);
+  CHECK(select(Arch::kSm90, p, Direction::kForward).variant == Variant::kGeneral);
+  CHECK(why_unsupported(Arch::kSm90, p, Direction::kForward, kH100).empty());
   CHECK(why_unsupported(Arch::kSm90, p, Direction::kBackward, kH100).empty());
   CHECK(!why_unsupported(Arch::kSm90, p, Direction::kBackward, kA100).empty());
 }
