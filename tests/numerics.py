@@ -4,7 +4,7 @@
 `ref` is the formula in float64 on the exactly upcast inputs; `eager` the same formula step by step
 in the tested dtype. A result passes when its error is at most twice that of `eager`, plus one
 rounding of the largest value, in the maximum and in the root of the mean square. `eager` can be
-lucky, down to an error of 0; so there are three allowances, each with its reason:
+lucky, down to an error of 0; so there are four allowances, each with its reason:
 
 - Few rows: each score may be off by its last two bits, (1 + max|s|) 2^-22, more for a head_dim
   beyond 64, as a sum of random roundings grows; times the terms that a result is a sum of.
@@ -12,6 +12,10 @@ lucky, down to an error of 0; so there are three allowances, each with its reaso
   the same error of a score, times the largest gradient.
 - All gradients but dv: delta = rowsum(dO o O) carries the rounding of out, where eager has the sum
   before it. In those of bias, slopes and sink this adds up over rows that would cancel.
+- Gradients of float32 with a few keys: of a row with one key eager has dP - dP = 0, exactly, where
+  we subtract two sums of d_v products, delta from dP. Each is off by some last bits of the largest
+  dP, sqrt(d_v) / 4 of them, as roundings add up like a random walk. (Of 6000 random problems on
+  the CPU, 15 failed for this reason or were within a third of the bound.)
 
 float64 has no better reference than itself: all sums there may be off by 2^-49 of their terms.
 """
@@ -34,6 +38,7 @@ UNIT = {
     torch.float64: 2.0**-53,
 }
 FEW_ROWS = 1024
+FEW_KEYS = 8
 
 
 @dataclasses.dataclass
@@ -231,6 +236,15 @@ def _delta_error(true, name, tensor):
     return 2 * true.delta_noise * max(rows, 1) ** 0.5 * weight
 
 
+def _few_keys_error(true, name):
+    inputs, case = true.inputs, true.inputs.case
+    most_keys = max(case.lengths_k) if case.lengths_k else case.seqlen_k
+    if inputs.dtype != torch.float32 or most_keys > FEW_KEYS:
+        return 0.0
+    last_bits = max(1.0, inputs.tensors["v"].shape[-1] ** 0.5 / 4)
+    return 2 * last_bits * UNIT[torch.float32] * true.size[name]
+
+
 def _what(true, name):
     return f"case {true.inputs.case.name} {true.inputs.dtype} {name}"
 
@@ -258,6 +272,7 @@ def check_grads(true, ours):
             _fail(_what(true, "d" + name), f"dtype {grad.dtype}, expected {leaf.dtype}")
         ref, eager = true.ref.grads[name], true.eager.grads[name]
         allowance = _allowance(true, name, ref) + _delta_error(true, name, ref)
+        allowance += _few_keys_error(true, name)
         check(_what(true, "d" + name), grad, ref, eager, unit, allowance, relative)
 
 
