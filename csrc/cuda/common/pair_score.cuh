@@ -131,9 +131,9 @@ __device__ __forceinline__ Real delta_of(const RowView& view, const Sequence& s,
   return static_cast<const Real*>(view.data)[view.offset(s, head) + q];
 }
 
-/// How the CTAs of simt/ and sm80/ are numbered: panels fastest, then, as a rule, the blocks of rows of one
-/// head after another, which share its K and V in L2. Under a causal mask blocks differ in length:
-/// the longest ones of all heads go first, or the last head's would run on alone.
+/// How the CTAs of simt/ and sm80/ are numbered: panels fastest, then, as a rule, the blocks of
+/// rows of one head after another, which share its K and V in L2. Under a causal mask blocks differ
+/// in length: the longest ones of all heads go first, or the last head's would run on alone.
 struct CtaGrid {
   int panels, blocks, heads, batch;
   bool by_block = false, ascending = false;
