@@ -107,8 +107,9 @@ __global__ void __launch_bounds__(Traits::kNumThreads)
     if constexpr (kGeneral)
       scores.template modify<BlockRows::kQueries>(accS, row, col, [](int, int, auto&) {});
     if (needs_mask)
-      fill_outside(accS, row, col, -INFINITY,
-                   [&](int q) { return Range{mask.key_begin(q), mask.key_end(q)}; });
+      for_each(accS, row, col, [&](float& s, int q, int k) {
+        if (!mask.keep(q, k)) s = -INFINITY;
+      });
     softmax.update(accS, accO);
     if constexpr (kGeneral)
       if (scores.has_dropout()) scores.drop(accS, row, col);

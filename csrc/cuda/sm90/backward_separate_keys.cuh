@@ -223,7 +223,7 @@ struct KeysCompute {
     for (int index; (index = next_tile(shared, slot)) >= 0;) {
       const BackwardTileId tile = backward_tile<Traits>(p, schedule, index);
       key = tile.n_block * kBlockN + warp * 16 + lane / 4;
-      kept = KeptColumns(p.mask_of(tile.q, tile.k).transposed(), key);
+      if (kMakesDv) kept = KeptColumns(p.mask_of(tile.q, tile.k).transposed(), key);
 #pragma unroll
       for (int i = 0; i < kColumns / 2; ++i) acc[i] = 0.f;
       if (tile.visit.begin < tile.visit.end) {
@@ -233,7 +233,8 @@ struct KeysCompute {
 #pragma unroll 1
         for (int g = 0; g < p.gqa_ratio(); ++g) run_head(tile, g + 1 == p.gqa_ratio());
       }
-      store_rows<Element, kColumns>(kMakesDv ? p.dv : p.dk, tile.k, tile.head_k, acc,
+      const Sequence rows = Sequence::of(p.k_layout, tile.batch);  // tile.k, not kept for so long
+      store_rows<Element, kColumns>(kMakesDv ? p.dv : p.dk, rows, tile.head_k, acc,
                                     kMakesDv ? 1.f : static_cast<float>(p.softmax_scale), key,
                                     kMakesDv ? p.head_dim_v : p.head_dim);
     }
