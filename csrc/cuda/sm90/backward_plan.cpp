@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cuda/device.h"
 #include "cuda/sm90/support.h"
 
 namespace flash::cuda::sm90 {

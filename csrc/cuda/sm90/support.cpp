@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "cuda/sm90/support.h"
 
-#include <cuda_runtime_api.h>
-
 #include <algorithm>
-#include <array>
-#include <atomic>
 
 #include "cuda/sm90/tensor_map.h"
 
@@ -79,17 +75,5 @@ bool gradients_are_aligned(const BackwardParams& p) {
 }
 
 int64_t forward_workspace_bytes(const ForwardParams&) { return sizeof(unsigned); }
-
-int num_multiprocessors() {
-  static std::array<std::atomic<int>, 64> counts{};
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  if (device < int(counts.size())) count = counts[device].load(std::memory_order_relaxed);
-  if (count == 0) {
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    if (device < int(counts.size())) counts[device].store(count, std::memory_order_relaxed);
-  }
-  return count;
-}
 
 }  // namespace flash::cuda::sm90

@@ -30,9 +30,6 @@ int backward_head_dim(const ForwardParams& p);
 int64_t forward_workspace_bytes(const ForwardParams& p);
 int64_t backward_workspace_bytes(const BackwardParams& p);
 
-/// Multiprocessors of the current device.
-int num_multiprocessors();
-
 /// Defined in instances/sm90_*.cu for the head dims above. The backward computes its own delta
 /// from out, dout and dlse.
 template <int kHeadDim, Variant kVariant>
