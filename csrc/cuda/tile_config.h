@@ -59,8 +59,9 @@ struct TileConfig {
 
 /// Warps share the query rows. K and V have one buffer each: one is loaded while the other is used.
 /// H100, bf16, TFLOP/s at 8k tokens, full | causal (others within 128 x 128 of shared memory lose):
-///   d 64:  128 x 128 x 4 warps 326 | 305;  128 x 96 305 | 292;  128 x 64 289 | 276;  64 x 64 287 |
-///   271 d 128: 128 x 64 x 4 warps  373 | 331;  64 x 64 311 | 287;  128 x 128 x 8 275 | 264
+///   d 64:  128 x 128 x 4 warps 326 | 305;  128 x 96 305 | 292;  128 x 64 289 | 276
+///          64 x 64 287 | 271
+///   d 128: 128 x 64 x 4 warps  373 | 331;  64 x 64 311 | 287;  128 x 128 x 8 275 | 264
 /// Score modifications need registers for addresses: smaller tiles, or they spill.
 constexpr TileConfig sm80_forward_tiles(int head_dim, Variant variant) {
   const bool is_general = variant == Variant::kGeneral;

@@ -6,8 +6,8 @@
 //   P under dP, dS, dS to shared memory            dQ(m - 1) = dS(m - 1) K; dS(m) under it
 //   dV += P^T dO                                   dV += P^T dO; dQ(m - 1) leaves under it
 //   all of dS is there: barrier of both            dK += dS^T Q
-//   dQ = dS K, dK += dS^T Q                        no barrier: each waits for the other's dS(m -
-//   1), dQ leaves under dK                             and may be half a step ahead
+//   dQ = dS K, dK += dS^T Q                        no barrier: each waits for the dS(m - 1) of the
+//   dQ leaves under dK                             other, and may be half a step ahead
 #pragma once
 
 #include "cuda/sm90/backward_dq.cuh"

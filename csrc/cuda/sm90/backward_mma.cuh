@@ -2,8 +2,8 @@
 // Products and arithmetic of one warpgroup of the backward: 64 keys against a block of queries.
 // S and dP are computed transposed (rows = keys), so that P^T and dS^T are A fragments of dV and dK
 // without leaving the registers; only dS goes to shared memory, for dQ.
-// Accumulator 4 j + 2 r + c of a thread: key 16 warp + lane / 4 + 8 r, query 8 j + 2 (lane % 4) +
-// c.
+// Accumulator 4 j + 2 r + c of a thread: key 16 warp + lane / 4 + 8 r,
+// query 8 j + 2 (lane % 4) + c.
 #pragma once
 
 #include "cuda/sm90/backward_traits.cuh"

@@ -41,11 +41,11 @@ BackwardPlan make_backward_plan(const BackwardParams& p) {
   if (!is_separate) {
     // Heads in work at a time (the longest tile of a causal head is twice the mean one), and as
     // many being converted. With half of that, tiles wait: 445 instead of 528 at causal 4k.
-    const int mean_blocks =
-        p.k_layout.packed() ? int(p.k_layout.total / p.batch) / block_n : plan.num_n_blocks;
     const int in_work =
-        (is_causal(p) ? 2 : 1) * num_multiprocessors() / std::max(mean_blocks, 1) + 1;
+        (is_causal(p) ? 2 : 1) * num_multiprocessors() / std::max(plan.num_n_blocks, 1) + 1;
     plan.dq_slots = std::min(heads, (in_work * 2 + 1) * p.gqa_ratio());
+    // The ring counts additions by generations of as many key blocks each.
+    if (is_ragged(p)) plan.dq_slots = heads;
   }
   const int64_t rows = int64_t{heads} * plan.num_m_blocks * block_m;
   const int64_t sums = int64_t{plan.dq_slots} * plan.num_m_blocks * block_m * head_dim;

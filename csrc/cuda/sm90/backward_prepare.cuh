@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(256)
     if (lane == 0) {
       if (dlse && query < rows.length) delta -= dlse[query];
       schedule.lse_log2[block * kBlockM + i] = row_lse;
-      schedule.delta[block * kBlockM + i] = delta;
+      // Of a row without keys neither out nor its gradients exist, whatever dlse is.
+      schedule.delta[block * kBlockM + i] = row_lse == INFINITY ? 0.f : delta;
     }
   }
 }

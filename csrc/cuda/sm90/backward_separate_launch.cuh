@@ -19,7 +19,7 @@ void launch_separate_element(const BackwardParams& p, const BackwardPlan& plan, 
   schedule.num_m_blocks = plan.num_m_blocks * (Queries::kBlockM / Keys::kBlockM);
   launch(prepare_kernel<Keys>, int64_t{heads} * schedule.num_m_blocks, 256, 0, stream, p, schedule);
   const int sms = num_multiprocessors();
-  const bool wants_keys = p.dk.data || p.dv.data;
+  const bool wants_keys = plan.num_tiles > 0 && (p.dk.data || p.dv.data);
   if (wants_keys)
     launch_early(keys_kernel<Keys>, std::min(plan.num_tiles, sms), Keys::kThreads,
                  sizeof(typename Keys::SharedStorage), stream, make_backward_maps<Keys>(p), p,

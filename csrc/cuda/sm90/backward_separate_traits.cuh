@@ -43,8 +43,7 @@ struct SeparateTileD192V128 {  // against 64 queries +4 to +7 % from 4k, -3 % at
   static constexpr int kHeldSteps = 2;  // 4 serialise (C7512)
   static constexpr int kKeyBlock = 96, kKeyStages = 2, kValueStages = 2;
 };
-struct SeparateTileD256 {  // Q in halves: +4 to +12 %; 96 columns of K and V in registers: +1 to 2
-                           // %
+struct SeparateTileD256 {  // Q in halves +4 to +12 %; 96 columns of K and V held +1 to +2 %
   static constexpr int kHeadDim = 256, kHeadDimV = 256;
   static constexpr int kQueryBlock = 64, kQueryParts = 2, kQuerySlots = 5, kStages = 2;
   static constexpr int kHeldSteps = 6;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The two threads of the forward that move tiles: one loads Q, K, V, one stores O.
+// Who moves tiles in the forward: a thread loads Q, K, V, another stores O; in the general variant
+// a third loads tiles of a bias or mask, and a warp cleans K and V.
 #pragma once
 
 #include "cuda/common/pair_score.cuh"

@@ -2,9 +2,10 @@
 // What a warpgroup does with its 64 rows of every tile of the CTA.
 //
 // One step, key block n after key block n + 1 (blocks are walked from the last to the first):
-//   issue S(n) = Q K(n)^T, issue O += P(n+1) V(n+1)    both queue behind the other warpgroups'
-//   products softmax of S(n)                                    runs under the second product P(n)
-//   to 16 bits, O rescaled if a maximum moved
+//   issue S(n) = Q K(n)^T and O += P(n + 1) V(n + 1): behind the other warpgroups' products
+//   softmax of S(n): under the second product
+//   P(n) to 16 bits; O rescaled if a maximum moved
+//
 // With stages of Q to spare the first step of a tile is the last one of the tile before it: S of
 // the new tile and the last P V of the old one are issued together.
 #pragma once

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The running softmax of the two rows that a thread holds in a wgmma accumulator.
 //
-//   m' = max(m, rowmax S)     P = 2^(c (S - m'))     l = l 2^(c (m - m')) + rowsum P,   c = scale
-//   log2 e
+//   m' = max(m, rowmax S)    P = 2^(c (S - m'))    l = l 2^(c (m - m')) + rowsum P
+//
+// with c = scale log2 e.
 //
 // P need not be at most 1: any m that is near the maximum gives the same result to rounding. So
 //   update   keeps a stale m while S outgrew it by less than 2^8, and O is rescaled rarely;
-//   keep     (bf16 weights: exponents of fp32) takes m as it is: no maximum, no shuffle, no
-//   rescale.
+//   keep     (bf16 weights: exponents of fp32) takes m as it is: no maximum, shuffle or rescale.
+//
 // The exponent is c (S - m), or one multiply-add c S - c m: shorter, but the rounding of c m
 // remains as a factor 2^(|c m| 2^-24), and overflow can make it NaN. A row whose |c m| exceeds
 // 2^13, or whose l reaches 2^64 under a kept m, is not safe: its tile is done again by `update`

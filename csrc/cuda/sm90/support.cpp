@@ -2,11 +2,14 @@
 #include "cuda/sm90/support.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "cuda/sm90/tensor_map.h"
 
 namespace flash::cuda::sm90 {
 namespace {
+
+constexpr int64_t kMostRaggedBytes = int64_t{4} << 30;
 
 int smallest_bucket(const ForwardParams& p, std::initializer_list<int> buckets) {
   const int head_dim = std::max(p.head_dim, p.head_dim_v);
@@ -23,6 +26,9 @@ std::vector<std::string> why_unsupported(const ForwardParams& p, int bucket, int
   if (p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0 || p.head_dim == 0 || p.head_dim_v == 0)
     reasons.push_back("a head dim is not a positive multiple of 8");
   if (!reasons.empty()) return reasons;
+  const int64_t longest = std::max(p.q_layout.max, p.k_layout.max);
+  if ((longest + 63) / 64 * p.num_heads * p.batch > std::numeric_limits<int>::max())
+    reasons.push_back("there are more than 2^31 blocks of 64 rows");
   const SequenceLayout &queries = p.q_layout, &keys = p.k_layout;
   for (const std::string& reason :
        {why_no_tma_tensor("q", p, p.q, queries, p.num_heads, p.head_dim),
@@ -56,6 +62,10 @@ std::vector<std::string> why_backward_unsupported(const ForwardParams& p) {
     reasons.push_back(
         "a mask tensor, bias, ALiBi, softcap, sink, dropout or a scale that is not positive is "
         "set");
+  // Sums of dQ and rows of lse have room for the longest sequence in place of every one.
+  const int64_t padded_rows = int64_t{p.q_layout.max} * p.num_heads * p.batch;
+  if (is_ragged(p) && padded_rows * backward_head_dim(p) * 4 > kMostRaggedBytes)
+    reasons.push_back("sequences, padded to the longest, need more than 4 GiB of workspace");
   if (p.mask.window_left < IntervalMask::kUnbounded &&
       p.mask.window_right < IntervalMask::kUnbounded &&
       p.mask.window_left + p.mask.window_right < 0)

@@ -44,7 +44,7 @@ struct Shape {
  private:
   /// A stride that is never used, because the dimension has one entry, may break TMA's rules.
   int64_t told(int64_t stride, int64_t size) const {
-    return size == 1 ? (columns + 7) / 8 * 8 : stride;
+    return size <= 1 ? (columns + 7) / 8 * 8 : stride;
   }
 };
 

@@ -58,6 +58,7 @@ void check_case(const ForwardCase& c, bool with_dlse, uint64_t seed, int threads
                    std::fmax(1, 0.25 * std::sqrt(double(c.batch) * c.sq)));
 }
 
+using flash::same_bits;
 bool same_bits(const reference::Gradients& a, const reference::Gradients& b) {
   return same_bits(a.dq, b.dq) && same_bits(a.dk, b.dk) && same_bits(a.dv, b.dv) &&
          same_bits(a.dbias, b.dbias) && same_bits(a.dslopes, b.dslopes) &&
