@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -18,16 +19,21 @@ FLASH_HOST_DEVICE constexpr int64_t ceil_div(int64_t x, int64_t step) {
 }
 
 /// A grid has one dimension, and a limit of 2^31 - 1; a kernel may have as much dynamic shared
-/// memory as it asks for.
+/// memory as it asks for. That limit belongs to the kernel, whose launches may differ in size: the
+/// lock keeps other threads from lowering it until this one has launched.
 template <class... Parameters>
-void prepare_launch(void (*kernel)(Parameters...), int64_t ctas, size_t shared_bytes) {
+[[nodiscard]] std::unique_lock<std::mutex> prepare_launch(void (*kernel)(Parameters...),
+                                                          int64_t ctas, size_t shared_bytes) {
+  static std::mutex mutex;
   if (ctas > std::numeric_limits<int>::max())
     throw std::runtime_error("flash_attn: a problem of " + std::to_string(ctas) +
                              " thread blocks is larger than a CUDA grid (2147483647)");
   constexpr size_t kDefaultSharedBytes = 48 * 1024;
-  if (shared_bytes > kDefaultSharedBytes)
-    FLASH_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          int(shared_bytes)));
+  if (shared_bytes <= kDefaultSharedBytes) return {};
+  std::unique_lock<std::mutex> lock(mutex);
+  FLASH_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+  return lock;
 }
 
 /// Launches kernel(arguments...) on `ctas` CTAs. An empty grid launches nothing.
@@ -35,7 +41,7 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t ctas, int threads, size_t shared_bytes,
             void* stream, const Arguments&... arguments) {
   if (ctas == 0) return;
-  prepare_launch(kernel, ctas, shared_bytes);
+  const auto lock = prepare_launch(kernel, ctas, shared_bytes);
   kernel<<<unsigned(ctas), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
       arguments...);
   FLASH_CUDA_CHECK(cudaGetLastError());
@@ -48,7 +54,7 @@ template <class... Parameters, class... Arguments>
 void launch_early(void (*kernel)(Parameters...), int64_t ctas, int threads, size_t shared_bytes,
                   void* stream, const Arguments&... arguments) {
   if (ctas == 0) return;
-  prepare_launch(kernel, ctas, shared_bytes);
+  const auto lock = prepare_launch(kernel, ctas, shared_bytes);
   cudaLaunchAttribute early;
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
