@@ -1,13 +1,31 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The CPU forward against the formula in fp64, on every instruction set of this machine.
 #include "check.h"
-#include "cpu/random_case.h"
+#include "cpu/forward_case.h"
 
 using namespace flash;
 
 namespace {
 
+constexpr int kUnbounded = IntervalMask::kUnbounded;
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
+
 uint64_t seed_of_run;
+
+/// Unit roundoff: of the result's dtype, of the accumulation's.
+double roundoff(DType dtype) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return 0x1p-8;
+    case DType::kFloat16:
+      return 0x1p-11;
+    case DType::kFloat32:
+      return 0x1p-24;
+    case DType::kFloat64:
+      return 0x1p-53;
+  }
+  return 0;
+}
 
 /// The largest sum of magnitudes that a score of the call is made of: its error is a few roundoffs
 /// of that, and is the relative error of the weight.
@@ -44,7 +62,15 @@ void check_case(const ForwardCase& c, uint64_t seed) {
   for (size_t i = 0; i < expected.out.size(); ++i) {
     const double bound = roundoff(c.dtype) * std::fabs(expected.out[i]) + score_error * largest_v +
                          (c.dtype == DType::kFloat16 ? 0x1p-25 : 0);
-    if (!(std::fabs(got.out[i] - expected.out[i]) <= bound)) print(c, seed);
+    if (!(std::fabs(got.out[i] - expected.out[i]) <= bound)) {
+      std::fprintf(
+          stderr,
+          "%s dtype %d b %d h %d/%d sq %d sk %d d %d dv %d scale %g packed %d seqused %d "
+          "softcap %g bias %d mask %d broadcast %d alibi %d sink %d dropout %g; seed %llu\n",
+          cpu::current_isa(), int(c.dtype), c.batch, c.heads, c.heads_k, c.sq, c.sk, c.d, c.dv,
+          c.scale, c.packed, c.seqused, c.softcap, c.bias, c.bool_mask, c.broadcast, c.alibi,
+          c.sink, c.dropout_p, (unsigned long long)seed);
+    }
     CHECK_NEAR(got.out[i], expected.out[i], bound);
   }
   for (size_t i = 0; i < expected.lse.size(); ++i) {
@@ -56,6 +82,47 @@ void check_case(const ForwardCase& c, uint64_t seed) {
       CHECK_NEAR(got.lse[i], expected.lse[i], score_error + rounding * std::fabs(expected.lse[i]));
     }
   }
+}
+
+struct Choice {
+  std::mt19937_64& generator;
+  template <class T>
+  T operator()(std::initializer_list<T> values) {
+    return values.begin()[generator() % values.size()];
+  }
+  bool one_in(int n) { return generator() % n == 0; }
+};
+
+ForwardCase random_case(std::mt19937_64& generator) {
+  Choice choose{generator};
+  ForwardCase c;
+  c.batch = choose({1, 2, 3});
+  c.heads_k = choose({1, 2});
+  c.heads = c.heads_k * choose({1, 1, 2, 3, 5});
+  c.sq = choose({1, 2, 7, 16, 47, 48, 49, 63, 100, 200});
+  c.sk = choose({0, 1, 5, 63, 64, 65, 128, 150});
+  c.d = choose({1, 3, 8, 16, 40, 64});
+  c.dv = choose({1, 5, 8, 17, 64});
+  c.scale = choose({0.125, 0.3, -0.2, 0.0});
+  c.mask = {choose({false, true}), choose({kUnbounded, kUnbounded, 0, 10, 70}),
+            choose({kUnbounded, 0, 0, 3, 50}), choose({0, 0, 0, 20})};
+  c.order = choose({Order::kHeadsFirst, Order::kRowsFirst});
+  c.packed = choose.one_in(3);
+  c.seqused = choose.one_in(4);
+  if (choose.one_in(2)) return c;
+  if (choose.one_in(3)) c.softcap = choose({1.5, 30.0});
+  c.bias = choose.one_in(3);
+  c.bias_is_float32 = choose.one_in(2);
+  c.bool_mask = choose.one_in(3);
+  c.broadcast = int(generator() % 16);
+  c.alibi = choose.one_in(3);
+  c.sink = choose.one_in(3);
+  if (choose.one_in(2)) c.dropout_p = choose({0.1, 0.5, 0.9, 1.0});
+  return c;
+}
+
+bool same_bits(const std::vector<double>& a, const std::vector<double>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
 }
 
 /// The same bits for every thread count, and for a row whatever rows are computed with it.
