@@ -17,6 +17,8 @@ struct SequenceLayout {
   const int32_t* seqused = nullptr;     ///< (batch), null: all
 
   FLASH_HOST_DEVICE bool packed() const { return cu_seqlens != nullptr; }
+  /// Sequences have lengths of their own, and there may be rows that none of them owns.
+  FLASH_HOST_DEVICE bool ragged() const { return packed() || seqused != nullptr; }
 };
 
 /// One sequence of a SequenceLayout. Out-of-range cu_seqlens and seqused, which only the device can

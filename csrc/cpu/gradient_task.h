@@ -68,7 +68,7 @@ struct BiasGradient {
     }
     // Pairs beyond the length of a sequence are nobody's.
     const SequenceLayout &q = task.p.q_layout, &k = task.p.k_layout;
-    const bool is_ragged = q.packed() || k.packed() || q.seqused || k.seqused;
+    const bool is_ragged = q.ragged() || k.ragged();
     g.clears_blocks = !g.is_shared && !is_ragged;
     return g;
   }

@@ -72,12 +72,10 @@ void dispatch_simt(const KernelSpec& spec, F&& f) {
   });
 }
 
-bool leaves_rows(const SequenceLayout& layout) { return layout.packed() || layout.seqused; }
-
 template <DType kDType>
 void fill_gradient(const TensorView& view, const SequenceLayout& layout, int num_heads, int batch,
                    int width, void* stream) {
-  if (view.data && leaves_rows(layout))
+  if (view.data && layout.ragged())
     launch_fill_rows<kDType>(view, RowView{}, layout, num_heads, batch, width, Fill::kUnowned,
                              stream);
 }
@@ -140,7 +138,7 @@ int64_t forward_workspace_bytes(const ForwardParams& p, int) {
 
 template <Arch kArch>
 void forward(const ForwardParams& p, const Launch& launch) {
-  if (leaves_rows(p.q_layout))
+  if (p.q_layout.ragged())
     dispatch_dtype(p.dtype, [&]<DType kDType> {
       launch_fill_rows<kDType>(p.out, p.lse, p.q_layout, p.num_heads, p.batch, p.head_dim_v,
                                Fill::kUnowned, launch.stream);

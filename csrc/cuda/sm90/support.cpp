@@ -46,9 +46,7 @@ bool is_causal(const ForwardParams& p) {
          p.mask.window_left >= IntervalMask::kUnbounded;
 }
 
-bool is_ragged(const ForwardParams& p) {
-  return p.q_layout.packed() || p.k_layout.packed() || p.q_layout.seqused || p.k_layout.seqused;
-}
+bool is_ragged(const ForwardParams& p) { return p.q_layout.ragged() || p.k_layout.ragged(); }
 
 int forward_head_dim(const ForwardParams& p) { return smallest_bucket(p, {64, 96, 128, 192, 256}); }
 int backward_head_dim(const ForwardParams& p) { return forward_head_dim(p); }

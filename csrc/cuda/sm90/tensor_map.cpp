@@ -50,8 +50,8 @@ struct Shape {
 
 /// Whether bounds are those of a sequence, not of the tensor. TMA has no tensors without rows: such
 /// a one is all outside of its sequences.
-bool is_ragged(const SequenceLayout& layout, const Shape& shape) {
-  return layout.packed() || layout.seqused || shape.rows == 0;
+bool has_sequence_bounds(const SequenceLayout& layout, const Shape& shape) {
+  return layout.ragged() || shape.rows == 0;
 }
 
 /// Boxes of `box_cols` x `box_rows` elements, 1 in the other dimensions, in the 128-byte swizzle.
@@ -96,7 +96,7 @@ std::string why_no_tma_tensor(const char* name, const ForwardParams& p, const Te
     return std::string(name) + " starts at an address that is not a multiple of 16 bytes";
   if (!is_legal(shape.batch_stride) || !is_legal(shape.head_stride) || !is_legal(shape.row_stride))
     return std::string(name) + " has a stride that is 0 or not a multiple of 8 elements";
-  if (!is_ragged(layout, shape)) return "";
+  if (!has_sequence_bounds(layout, shape)) return "";
   if (shape.batch > 1 && shape.batch_stride % shape.row_stride != 0)
     return std::string(name) + " has a batch stride that is not a multiple of its row stride";
   const int64_t last = shape.batch_stride / shape.row_stride * (shape.batch - 1) + shape.rows;
@@ -108,7 +108,7 @@ std::string why_no_tma_tensor(const char* name, const ForwardParams& p, const Te
 TmaTensor make_tma_tensor(const ForwardParams& p, const TensorView& tensor,
                           const SequenceLayout& layout, int heads, int columns, int box_rows) {
   const Shape s(p, tensor, layout, heads, columns);
-  if (!is_ragged(layout, s))
+  if (!has_sequence_bounds(layout, s))
     return {encode<5>(tma_type(p.dtype), 2, tensor.data, {s.columns, s.rows, s.heads, s.batch, 1},
                       {s.row_stride, s.head_stride, s.batch_stride, 8}, 64, box_rows),
             0, 0};

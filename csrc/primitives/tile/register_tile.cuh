@@ -52,22 +52,6 @@ FLASH_DEVICE void for_each(RegisterTile<kRows, kCols>& tile, int first_row, int 
         f(tile.at[m][n][e], first_row + 16 * m + 8 * (e / 2), first_col + 8 * n + e % 2);
 }
 
-/// f(float& x, float& y, int row, int col) for every element of two tiles of the same shape.
-template <int kRows, int kCols, class F>
-FLASH_DEVICE void for_each(RegisterTile<kRows, kCols>& x, RegisterTile<kRows, kCols>& y,
-                           int first_row, int first_col, F&& f) {
-  first_row += lane_row();
-  first_col += lane_col();
-#pragma unroll
-  for (int m = 0; m < x.kTilesM; ++m)
-#pragma unroll
-    for (int n = 0; n < x.kTilesN; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        f(x.at[m][n][e], y.at[m][n][e], first_row + 16 * m + 8 * (e / 2),
-          first_col + 8 * n + e % 2);
-}
-
 /// Writes `value` where the column is outside of the row's interval: interval(row) -> {begin, end}.
 /// The bounds move by the lane's place, so an element compares them with a constant.
 template <int kRows, int kCols, class F>
