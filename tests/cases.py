@@ -116,6 +116,16 @@ CASES = [
     Case("mask_pairs_gqa", heads=4, heads_k=1, mask="qk"),
     Case("mask_empty_rows", mask="bhqk", mask_values="empty_rows"),
     Case("mask_nothing", seqlen_q=20, mask="bk", mask_values="nothing"),
+    # Rows of a bias or a mask at multiples of 16 bytes, which kernels may load as tiles.
+    *(Case(f"{name}_in_tiles_{d}", 1, 2, seqlen_q=140, seqlen_k=208, head_dim=d, dtypes=_16_BIT,
+           **features)
+      for d in (64, 96, 128, 192, 256)
+      for name, features in {
+          "mask": {"mask": "bhqk", "causal": "top_left"},
+          "mask_padding": {"mask": "bk", "mask_values": "padding"},
+          "bias": {"bias": "bhqk", "causal": "bottom_right"},
+          "bias_keys": {"bias": "hk", "dropout_p": 0.2},
+      }.items()),
     # Dropout.
     Case("dropout", dropout_p=0.1),
     Case("dropout_causal_gqa", heads=4, heads_k=2, seqlen_q=70, seqlen_k=140,
@@ -176,13 +186,13 @@ def random_case(seed):
         return value if draw.random() < probability else otherwise
 
     def length():
-        return draw.choice((1, 2, 3, 4, 7, 16, 31, 33, 63, 64, 65, 100, 128, 129, 200))
+        return draw.choice((1, 2, 3, 4, 7, 16, 31, 33, 63, 64, 65, 100, 128, 129, 200, 208, 300))
 
     heads_k = draw.choice((1, 2, 3))
     packed = draw.random() < 0.3
     members = draw.randint(1, 3)
     pairs = None if packed else "".join(letter for letter in "bhqk" if draw.random() < 0.5)
-    dim = draw.choice((1, 8, 15, 32, 33, 64, 80, 128, 144, 256))
+    dim = draw.choice((1, 8, 15, 32, 33, 64, 80, 96, 128, 144, 192, 256))
     return Case(
         name=f"random_{seed}",
         batch=draw.randint(1, 3),

@@ -30,7 +30,7 @@ def inputs_of(request, backend):
 @pytest.mark.parametrize("name", NAMES)
 def test_run_to_run(backend, inputs_of, name):
     inputs = inputs_of(name)
-    repeats = 50 if backend.device == "cuda" else 3
+    repeats = 250 if backend.device == "cuda" else 3
     first = run(backend.attention, inputs, deterministic=True)
     for repeat in range(repeats):
         again = run(backend.attention, inputs, deterministic=True)

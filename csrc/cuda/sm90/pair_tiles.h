@@ -17,10 +17,11 @@ struct PairTiles {
 };
 
 /// kRows x kCols elements in shared memory: boxes of at most 128 bytes of a row, one after another,
-/// in TMA's 128-byte swizzle.
+/// in the TMA swizzle whose span is a row of the box (a wider span would space the rows out).
 template <class T, int kRows, int kCols>
 struct PairTileLayout {
   static constexpr int kPitch = kCols * sizeof(T) < 128 ? kCols * sizeof(T) : 128;
+  static_assert(kPitch == 64 || kPitch == 128, "the span of a swizzle");
   static constexpr int kBoxCols = kPitch / sizeof(T), kBoxes = kCols / kBoxCols;
   static constexpr int kBoxBytes = kRows * kPitch;
   static_assert(kCols % kBoxCols == 0 && kRows <= 256, "a box ends with the tile");
@@ -28,7 +29,7 @@ struct PairTileLayout {
   /// Of (row, col) with col < 8, from the start of the tile.
   static FLASH_HOST_DEVICE uint32_t swizzled(int row, int col) {
     const uint32_t linear = row * kPitch + col * sizeof(T);
-    return linear ^ (linear >> 7 & 7) << 4;
+    return linear ^ (linear >> 7 & (kPitch / 16 - 1)) << 4;
   }
   /// The place `cols` columns, a multiple of 8, to the right.
   static FLASH_HOST_DEVICE uint32_t moved(uint32_t place, int cols) {

@@ -54,7 +54,8 @@ bool has_sequence_bounds(const SequenceLayout& layout, const Shape& shape) {
   return layout.ragged() || shape.rows == 0;
 }
 
-/// Boxes of `box_cols` x `box_rows` elements, 1 in the other dimensions, in the 128-byte swizzle.
+/// Boxes of `box_cols` x `box_rows` elements, 1 in the other dimensions, in the swizzle that spans
+/// a row of the box: 64 or 128 bytes.
 template <size_t kDims>
 CUtensorMap encode(CUtensorMapDataType type, int element_bytes, const void* data,
                    const std::array<int64_t, kDims>& sizes,
@@ -67,11 +68,13 @@ CUtensorMap encode(CUtensorMapDataType type, int element_bytes, const void* data
   std::fill_n(box, kDims, 1);
   std::fill_n(steps, kDims, 1);
   box[0] = box_cols, box[1] = box_rows;
+  const auto swizzle =
+      box_cols * element_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
   CUtensorMap map;
   const CUresult result =
       encode_tiled()(&map, type, kDims, const_cast<void*>(data), dims, byte_strides, box, steps,
-                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                     CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("flash_attn: cuTensorMapEncodeTiled failed with code " +
                              std::to_string(int(result)));
