@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""More tiles than a GPU has cores, more blocks than a kernel has stages: rings wrap, CTAs go on."""
+
+import pytest
+from cases import Case
+from numerics import check_forward, check_grads, run, truth
+
+FEATURES = {
+    "full": {},
+    "causal": {"causal": "top_left"},
+    "window": {"window": (300, 40)},
+    "gqa": {"heads_k": 4, "causal": "bottom_right"},
+    "packed": {"lengths_q": (700, 3, 330), "lengths_k": (650, 90, 400), "causal": "bottom_right"},
+    "mask": {"mask": "hqk"},
+    "padding": {"mask": "k", "mask_values": "padding", "causal": "top_left"},
+    "bias": {"bias": "bhqk", "causal": "top_left"},
+    "bias_heads": {"bias": "qk"},
+    "dropout": {"dropout_p": 0.2, "heads_k": 5},
+    "softcap": {"softcap": 5.0, "alibi": "h", "sink": True},
+}
+CASES = [
+    Case(f"many_tiles_{name}_{dim}_{dim_v}", 1, 20, seqlen_q=1000, seqlen_k=1040, head_dim=dim,
+         head_dim_v=dim_v, **features)
+    for dim, dim_v in ((64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256))
+    for name, features in FEATURES.items()
+]  # fmt: skip
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: CASES[index].name)
+def test_many_tiles(backend, poisoned, index):
+    if backend.name not in ("sm80", "sm90"):
+        pytest.skip("kernels whose CTAs share tiles or stages")
+    dtype = ("bfloat16", "float16")[index % 2]
+    true = truth.__wrapped__(CASES[index], dtype, backend.device)  # not kept: these are large
+    with poisoned():
+        ours = run(backend.attention, true.inputs)
+    check_forward(true, ours)
+    check_grads(true, ours)
+    check_grads(true, run(backend.attention, true.inputs))
