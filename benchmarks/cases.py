@@ -13,6 +13,13 @@ DIRECTIONS = ("forward", "backward", "both")
 # Multiply-adds relative to the forward pass: backward has five products where forward has two.
 DIRECTION_WORK = {"forward": 1.0, "backward": 2.5, "both": 3.5}
 ELEMENT_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
+MASKS = {
+    "none": "",
+    "bool": "(batch, 1, seqlen_q, seqlen_k), four of five pairs",
+    "padding": "bool (batch, 1, 1, seqlen_k), lengths from a half to all",
+    "additive": "(1, heads, seqlen_q, seqlen_k), without a gradient",
+    "bias": "the same with its gradient",
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Case:
     head_dim: int
     head_dim_v: int
     causal: bool = False
-    mask: str = "none"  # none | bool | bias (additive, with its gradient)
+    mask: str = "none"  # one of MASKS
     dropout_p: float = 0.0
 
     @property
@@ -107,6 +114,9 @@ def self_attention(
     )
 
 
+_POWERS = (512, 1024, 2048, 4096, 8192, 16384)
+
+
 def cpu() -> Iterator[Case]:
     """Every axis of a CPU user's life: precision, direction, mask, head dim, length, heads."""
     shapes = [(1, 8, 8), (2, 16, 16), (1, 8, 2), (1, 1, 1)]
@@ -143,24 +153,56 @@ def cpu_fallback() -> Iterator[Case]:
             yield self_attention(direction, dtype, shape, seqlen, 64, mask="bias")
 
 
-def _hidden_2048(
-    dtypes: tuple[str, ...], dims: tuple[int, ...], lengths: tuple[int, ...], tokens: int
+def _training_shapes(
+    dtypes: tuple[str, ...],
+    dims: tuple[int, ...],
+    lengths: tuple[int, ...],
+    tokens: int = 16384,
+    head_dim_v: int | None = None,
 ) -> Iterator[Case]:
+    """Forward and backward, full and causal, hidden size 2048 or the largest below."""
     for dtype, direction, dim, causal, seqlen in itertools.product(
         dtypes, ("forward", "backward"), dims, (False, True), lengths
     ):
-        heads = 2048 // dim
+        heads = 2048 // (head_dim_v or dim)
         shape = (tokens // seqlen, heads, heads)
-        yield self_attention(direction, dtype, shape, seqlen, dim, causal=causal)
+        yield self_attention(
+            direction, dtype, shape, seqlen, dim, causal=causal, head_dim_v=head_dim_v
+        )
 
 
 def cuda() -> Iterator[Case]:
     """bf16, 16k tokens in all, hidden size 2048: the shape that attention papers report."""
-    yield from _hidden_2048(("bf16",), (64, 128, 256), (512, 1024, 2048, 4096, 8192, 16384), 16384)
+    yield from _training_shapes(("bf16",), (64, 128, 256), _POWERS)
+
+
+def cuda_fp16() -> Iterator[Case]:
+    yield from _training_shapes(("fp16",), (64, 128, 256), _POWERS)
+
+
+def cuda_dims() -> Iterator[Case]:
+    """The head dims between the powers of two, and DeepSeek's 192 with 128 of v."""
+    yield from _training_shapes(("bf16",), (96, 192), _POWERS)
+    yield from _training_shapes(("bf16",), (192,), _POWERS, head_dim_v=128)
 
 
 def cuda_fp32() -> Iterator[Case]:
-    yield from _hidden_2048(("fp32",), (64, 128), (512, 1024, 2048, 4096), 8192)
+    yield from _training_shapes(("fp32",), (64, 128), (512, 1024, 2048, 4096), 8192)
+
+
+def cuda_features() -> Iterator[Case]:
+    """Masks, bias, dropout: what of torch's fused backends only the memory-efficient one takes."""
+    for direction, dim, seqlen in itertools.product(
+        ("forward", "backward"), (64, 128, 256), (1024, 4096)
+    ):
+        shape = (16384 // seqlen, 2048 // dim, 2048 // dim)
+        for mask in MASKS:
+            if mask == "bias" and direction == "forward":
+                continue
+            dropout_p = 0.1 if mask == "none" else 0.0
+            yield self_attention(
+                direction, "bf16", shape, seqlen, dim, mask=mask, dropout_p=dropout_p
+            )
 
 
 def smoke() -> Iterator[Case]:
@@ -176,6 +218,9 @@ SUITES: dict[str, Callable[[], Iterator[Case]]] = {
     "cpu-core": cpu_core,
     "cpu-fallback": cpu_fallback,
     "cuda": cuda,
+    "cuda-dims": cuda_dims,
+    "cuda-features": cuda_features,
+    "cuda-fp16": cuda_fp16,
     "cuda-fp32": cuda_fp32,
     "smoke": smoke,
 }

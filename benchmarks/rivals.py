@@ -54,8 +54,11 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     mask = None
     if case.mask == "bool":
         mask = torch.rand(b, 1, sq, sk, generator=generator, device=device) < 0.8
-    elif case.mask == "bias":
-        mask = normal(1, h, sq, sk).requires_grad_(needs_grad)
+    elif case.mask == "padding":
+        lengths = torch.linspace(sk / 2, sk, b, device=device).int()
+        mask = (torch.arange(sk, device=device) < lengths[:, None])[:, None, None, :]
+    elif case.mask in ("additive", "bias"):
+        mask = normal(1, h, sq, sk).requires_grad_(needs_grad and case.mask == "bias")
     dout = normal(b, h, sq, case.head_dim_v) if needs_grad else None
     return Inputs(q, k, v, mask, dout)
 
