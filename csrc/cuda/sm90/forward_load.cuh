@@ -3,9 +3,9 @@
 // a third loads tiles of a bias or mask, and a warp cleans K and V.
 #pragma once
 
-#include "cuda/common/pair_score.cuh"
 #include "cuda/sm90/pair_tiles.h"
 #include "cuda/sm90/scheduler.cuh"
+#include "cuda/sm90/unattended_keys.cuh"
 
 namespace flash::cuda::sm90 {
 
@@ -144,13 +144,6 @@ FLASH_DEVICE void follow_tiles(typename Traits::SharedStorage& shared, F&& f) {
   }
 }
 
-/// Whether keys may have to be cleaned: a mask or a bias that is the same for every query can take
-/// keys away from all of them, and what lies there must not reach a result (numerics, contract 3).
-FLASH_DEVICE bool has_unattended_keys(const ForwardParams& p) {
-  const ScoreMod& mod = p.features.score_mod;
-  return (mod.mask.data && mod.mask.q_stride == 0) || (mod.bias.data && mod.bias.q_stride == 0);
-}
-
 /// One warp, general variant. Every block of K and V between the load and the products: rows of
 /// keys that nobody attends become 0.
 template <class Traits>
@@ -162,10 +155,7 @@ FLASH_DEVICE void clean_keys(const ForwardParams& p, typename Traits::SharedStor
     ptx::mbarrier_wait(full, parity);
     for (int row = lane; row < Traits::kBlockN; row += 32) {
       if (first_key + row >= length || keys(first_key + row)) continue;
-      for (int c = 0; c < Traits::kChunks; ++c) {
-        auto* line = reinterpret_cast<uint4*>(rows + (c * Traits::kBlockN + row) * 64);
-        for (int i = 0; i < 8; ++i) line[i] = make_uint4(0, 0, 0, 0);
-      }
+      clear_row<Traits::kBlockN, Traits::kChunks>(rows, row);
     }
     ptx::fence_proxy_async();  // before wgmma reads the zeros
     __syncwarp();

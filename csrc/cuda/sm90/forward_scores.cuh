@@ -2,44 +2,17 @@
 // What the general variant does to the scores and weights of a warpgroup.
 #pragma once
 
-#include "cuda/common/score_block.cuh"
-#include "cuda/sm90/pair_tiles.h"
+#include "cuda/sm90/staged_pairs.cuh"
 #include "cuda/sm90/traits.cuh"
 
 namespace flash::cuda::sm90 {
-
-/// The part of a tile of pairs in shared memory that belongs to a ScoreBlock, `offset` columns from
-/// the left.
-template <class Traits>
-struct StagedPairs {
-  PairKind kind;
-  uint32_t tile;
-  int row, offset;
-
-  FLASH_DEVICE bool has_bias() const { return kind == PairKind::kBias; }
-  FLASH_DEVICE bool has_mask() const { return kind == PairKind::kMask; }
-
-  template <class T>
-  FLASH_DEVICE void load(BlockValues<T>& values) const {
-    if constexpr (sizeof(T) <= 2) {  // tiles of wider elements would not fit
-      using Layout = PairTileLayout<T, Traits::kBlockM, Traits::kBlockN>;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const uint32_t line = Layout::swizzled(row + 8 * r, 2 * (threadIdx.x % 4));
-#pragma unroll
-        for (int j = 0; j < ScoreBlock::kCount / 4; ++j)
-          values[2 * j + r] =
-              load_shared<AlignedArray<T, 2>>(tile + Layout::moved(line, offset + 8 * j));
-      }
-    }
-  }
-};
 
 /// The features of one tile at the rows `row` and `row` + 8 of this thread. Made where it is used,
 /// from what the loop keeps anyway: coordinates of its own would cost registers.
 template <class Traits>
 struct GeneralScores {
   using Element = typename Traits::Element;
+  using Staged = StagedPairs<Traits::kBlockM, Traits::kBlockN, BlockRows::kQueries>;
 
   const ForwardParams& p;
   const TileId& tile;
@@ -56,7 +29,7 @@ struct GeneralScores {
 #pragma unroll
     for (int j = 0; j < kCount; j += ScoreBlock::kCount) {
       const auto products = ScoreBlock::of([&](int i) { return accS[j + i] * scale; });
-      const BlockPlace<Element, BlockRows::kQueries, StagedPairs<Traits>> place{
+      const BlockPlace<Element, BlockRows::kQueries, Staged> place{
           p,
           tile.batch,
           tile.head,

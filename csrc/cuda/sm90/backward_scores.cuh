@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What the general variant of the backward does to the scores, weights and gradients of a
+// warpgroup: 64 rows x kColumns in the layout of wgmma's accumulator, rows = keys or queries.
+// Scores are in units of 1; lse is that of the forward, +inf where a row keeps nothing.
+//   S = modified(scale q.k),  P = exp(S - lse), negative where dropout drops the pair
+//   dV += max(P, 0)^T dO / (1 - p)
+//   dS = |P| o (keep / (1 - p) dP - delta);  dbias = dS;  dQ, dK through dS o slope
+#pragma once
+
+#include "cuda/common/score_block.cuh"
+#include "cuda/sm90/staged_pairs.cuh"
+#include "primitives/ptx/shared_memory.cuh"
+
+namespace flash::cuda::sm90 {
+
+/// A number of each query, such as lse, for the accumulators 4 j ... 4 j + 3: of its columns in
+/// shared memory (`first`: those of the whole tile), or of its two rows.
+struct ColumnValues {
+  uint32_t at;
+
+  FLASH_DEVICE explicit ColumnValues(const float* first)
+      : at(shared_address(first) + threadIdx.x % 4 * 8) {}
+  FLASH_DEVICE float4 operator()(int j) const {
+    const float2 v = ptx::load_shared_v2(at + j * 32);
+    return {v.x, v.y, v.x, v.y};
+  }
+};
+struct RowValues {
+  const float (&row)[2];
+
+  FLASH_DEVICE float4 operator()(int) const { return {row[0], row[0], row[1], row[1]}; }
+};
+
+/// The hooks of one sequence and query head. `row` and `column` are the first of this thread;
+/// its accumulator 4 j + 2 r + c lies at row + 8 r, column + 8 j + c.
+template <class Traits, BlockRows kRows>
+struct BackwardScores {
+  using Element = typename Traits::Element;
+  using Staged = StagedPairs<Traits::kBlockM, Traits::kBlockN, kRows>;
+
+  const ForwardParams& p;
+  int batch, head, seqlen_q, seqlen_k;
+
+  FLASH_DEVICE bool has_slopes() const { return p.features.score_mod.has_softcap(); }
+  FLASH_DEVICE bool has_dropout() const { return p.features.dropout.enabled(); }
+  FLASH_DEVICE float dropout_scale() const {
+    return has_dropout() ? static_cast<float>(p.features.dropout.scale) : 1.f;
+  }
+
+  /// q.k becomes the score. `staged` is at the first row and column of the tile. If has_slopes():
+  /// f(j, slopes) for every 32 columns, d(score) / d(scale q.k) of accumulators 16 j ... 16 j + 15
+  /// as fp16.
+  template <int kCount, class F>
+  FLASH_DEVICE void modify(float (&acc)[kCount], int row, int column, Staged staged, F&& f) const {
+    static_assert(kCount % ScoreBlock::kCount == 0, "a block of scores spans 32 columns");
+    const float scale = static_cast<float>(p.softmax_scale);
+#pragma unroll
+    for (int j = 0; j < kCount; j += ScoreBlock::kCount) {
+      const auto products = ScoreBlock::of([&](int i) { return acc[j + i] * scale; });
+      const BlockPlace<Element, kRows, Staged> place{p,        batch, head,           seqlen_q,
+                                                     seqlen_k, row,   column + 2 * j, staged};
+      const auto modified =
+          p.features.score_mod.template forward<float, ScoreBlock>(products, place);
+#pragma unroll
+      for (int i = 0; i < ScoreBlock::kCount; ++i) acc[j + i] = modified.score.x[i];
+      if (has_slopes()) {
+        uint32_t slopes[ScoreBlock::kCount / 2];
+#pragma unroll
+        for (int i = 0; i < ScoreBlock::kCount / 2; ++i)
+          slopes[i] = pack<__half>(modified.slope.x[2 * i], modified.slope.x[2 * i + 1]);
+        f(j / ScoreBlock::kCount, slopes);
+      }
+      staged.column += ScoreBlock::kColumns;
+    }
+  }
+
+  /// P = exp(S - lse) in 16 bits; at most 1, also for a huge score that is recomputed an ulp
+  /// higher.
+  template <int kCount, class Values>
+  FLASH_DEVICE static void weights(uint32_t (&rP)[kCount / 2], const float (&accS)[kCount],
+                                   const Values& lse) {
+    const auto weight = [](float s, float l) {
+      return exp2_approx(min_or_nan(s - l, 0.f) * 1.4426950408889634f);
+    };
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+      const float4 l = lse(j);
+      rP[2 * j] = pack<Element>(weight(accS[4 * j], l.x), weight(accS[4 * j + 1], l.y));
+      rP[2 * j + 1] = pack<Element>(weight(accS[4 * j + 2], l.z), weight(accS[4 * j + 3], l.w));
+    }
+  }
+
+  /// Sets the sign of dropped weights. Rows = keys: half of a Philox call serves two rows and two
+  /// tiles of 8 columns; rows = queries: all of it serves two rows and four tiles.
+  template <int kCount>
+  FLASH_DEVICE void mark_dropped(uint32_t (&rP)[kCount], int row, int column) const {
+    const auto stream = DropoutStream::of(p.features.dropout, batch, head, p.num_heads);
+    constexpr bool kIsTransposed = kRows == BlockRows::kKeys;
+    constexpr int kServed = kIsTransposed ? 4 : 8;  // of rP
+#pragma unroll
+    for (int j = 0; j < kCount; j += kServed)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int other = column + 4 * j + c;
+        const PhiloxBlock bits =
+            kIsTransposed ? stream.block(other, row) : stream.block(row, other);
+        const int half_of_keys = kIsTransposed ? row % 32 / 16 * 2 : 0;
+#pragma unroll
+        for (int i = 0; i < kServed; ++i) {
+          const int query = kIsTransposed ? i / 2 : i % 2, key = kIsTransposed ? i % 2 : i / 2;
+          if (!stream.keeps(bits, query, half_of_keys + key)) rP[j + i] |= 0x8000u << 16 * c;
+        }
+      }
+  }
+  /// Marked weights become 0.
+  template <int kCount>
+  FLASH_DEVICE static void drop_marked(uint32_t (&rP)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) rP[i] = positive_part<Element>(rP[i]);
+  }
+
+  /// dS in place of dP; exactly 0 where P is, whatever dP is.
+  template <int kCount, class Values>
+  FLASH_DEVICE void gradient(const uint32_t (&rP)[kCount / 2], float (&accdP)[kCount],
+                             const Values& delta) const {
+    if (has_dropout()) {
+      const float scale = static_cast<float>(p.features.dropout.scale);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const bool is_dropped = rP[i / 2] & 0x8000u << i % 2 * 16;
+        accdP[i] = is_dropped ? 0.f : accdP[i] * scale;
+      }
+    }
+    const auto value = [](float weight, float dp, float d) {
+      return weight == 0.f ? 0.f : fabsf(weight) * (dp - d);
+    };
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+      const float4 d = delta(j);
+      const float2 low = unpack<Element>(rP[2 * j]), high = unpack<Element>(rP[2 * j + 1]);
+      accdP[4 * j] = value(low.x, accdP[4 * j], d.x);
+      accdP[4 * j + 1] = value(low.y, accdP[4 * j + 1], d.y);
+      accdP[4 * j + 2] = value(high.x, accdP[4 * j + 2], d.z);
+      accdP[4 * j + 3] = value(high.y, accdP[4 * j + 3], d.w);
+    }
+  }
+  /// dL/d(score) -> dL/d(scale q.k), by the slopes of modify().
+  template <int kCount>
+  FLASH_DEVICE static void through_slopes(float (&accdS)[kCount],
+                                          const uint32_t (&slopes)[kCount / 2]) {
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      const float2 slope = unpack<__half>(slopes[i]);
+      accdS[2 * i] *= slope.x;
+      accdS[2 * i + 1] *= slope.y;
+    }
+  }
+};
+
+}  // namespace flash::cuda::sm90
