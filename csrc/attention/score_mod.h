@@ -89,10 +89,16 @@ struct ScoreMod {
   FLASH_HOST_DEVICE ModifiedScore<Number> forward(Number s, const Place& at) const {
     ModifiedScore<Number> result{s, Number{} + Real(1)};
     if (has_softcap()) result = softcap_score<Number, Real>(s, Real(softcap));
-    if (bias.data) result.score = result.score + at.bias();
-    if (alibi_slopes) result.score = result.score + alibi_term<Number>(at.slope(), at.distance());
-    if (mask.data) result.score = at.dropped(result.score);
+    result.score = shifted<Real>(result.score, at);
     return result;
+  }
+  /// The part of forward behind the softcap, which has no slope.
+  template <class Real, class Number, class Place>
+  FLASH_HOST_DEVICE Number shifted(Number score, const Place& at) const {
+    if (bias.data) score = score + at.bias();
+    if (alibi_slopes) score = score + alibi_term<Number>(at.slope(), at.distance());
+    if (mask.data) score = at.dropped(score);
+    return score;
   }
   /// dL/d(score) -> dL/d(softmax_scale q.k), with the slope that forward returned.
   template <class Number>

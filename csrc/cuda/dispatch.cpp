@@ -169,7 +169,14 @@ int64_t backward_workspace_bytes(const BackwardParams& p, int) {
 
 void backward_sm90(const KernelSpec& spec, const BackwardParams& p, void* workspace, void* stream) {
   dispatch_value<64, 96, 128, 192, 256>("head_dim", spec.head_dim, [&]<int kHeadDim> {
-    sm90::launch_backward<kHeadDim>(p, workspace, stream);
+    if constexpr (kHeadDim <= 128) {
+      dispatch_value<Variant::kPlain, Variant::kGeneral>(
+          "variant", spec.variant, [&]<Variant kVariant> {
+            sm90::launch_backward<kHeadDim, kVariant>(p, workspace, stream);
+          });
+    } else {
+      sm90::launch_backward<kHeadDim, Variant::kPlain>(p, workspace, stream);
+    }
   });
 }
 
@@ -200,11 +207,14 @@ void backward(const BackwardParams& p, const Launch& launch) {
     fill_gradient<kDType>(p.dq, p.q_layout, p.num_heads, p.batch, p.head_dim, stream);
     fill_gradient<kDType>(p.dk, p.k_layout, p.num_heads_k, p.batch, p.head_dim, stream);
     fill_gradient<kDType>(p.dv, p.k_layout, p.num_heads_k, p.batch, p.head_dim_v, stream);
-    if (spec.arch == Arch::kSm90)  // has a delta of its own
-      return backward_sm90(spec, p, workspace + parts.scratch, stream);
+    const bool is_sm90 = spec.arch == Arch::kSm90;
+    if (is_sm90) backward_sm90(spec, p, workspace + parts.scratch, stream);
+    const bool wants_dbias = p.dbias && !(is_sm90 && sm90::writes_bias_gradient(p));
+    // sm90's kernels have a delta of their own.
+    if (is_sm90 && !wants_dbias && !p.dslopes && !p.dsink) return;
     launch_backward_delta<kDType>(p, delta, stream);
-    backward_with_delta(spec, p, delta, workspace + parts.scratch, stream);
-    if (p.dbias) launch_backward_bias<kDType>(p, delta, stream);
+    if (!is_sm90) backward_with_delta(spec, p, delta, workspace + parts.scratch, stream);
+    if (wants_dbias) launch_backward_bias<kDType>(p, delta, stream);
     if (p.dslopes) launch_backward_slopes<kDType>(p, delta, workspace + parts.partials, stream);
     if (p.dsink) launch_backward_sink<kDType>(p, delta, stream);
   });

@@ -54,7 +54,7 @@ KernelSpec select(Arch arch, const ForwardParams& p, Direction direction) {
         return {arch, p.dtype, sm90::forward_head_dim(p), p.variant()};
       // sm80's kernels differentiate what sm90's backward does not take.
       if (sm90::why_backward_unsupported(p).empty())
-        return {arch, p.dtype, sm90::backward_head_dim(p), Variant::kPlain};
+        return {arch, p.dtype, sm90::backward_head_dim(p), p.variant()};
       return select(Arch::kSm80, p, direction);
     case Arch::kSm80:
       return {arch, p.dtype, sm80_head_dim(p), p.variant()};

@@ -5,13 +5,20 @@
 namespace flash::cuda::sm90 {
 
 template <>
-void launch_backward<128>(const BackwardParams& p, void* workspace, void* stream) {
+void launch_backward<128, Variant::kPlain>(const BackwardParams& p, void* workspace, void* stream) {
   const BackwardPlan plan = make_backward_plan(p);
   if (plan.row == BackwardRow::kSeparate)
     return launch_separate<SeparateTileD128>(p, plan, workspace, stream);
   if (plan.row == BackwardRow::kD128Short)
     return launch_backward_tile<128, BackwardTileD128Short>(p, plan, workspace, stream);
   launch_backward_tile<128, BackwardTileD128>(p, plan, workspace, stream);
+}
+
+template <>
+void launch_backward<128, Variant::kGeneral>(const BackwardParams& p, void* workspace,
+                                             void* stream) {
+  launch_backward_tile<128, BackwardTileD128General, Variant::kGeneral>(p, make_backward_plan(p),
+                                                                        workspace, stream);
 }
 
 }  // namespace flash::cuda::sm90

@@ -4,7 +4,7 @@
 namespace flash::cuda::sm90 {
 
 template <>
-void launch_backward<192>(const BackwardParams& p, void* workspace, void* stream) {
+void launch_backward<192, Variant::kPlain>(const BackwardParams& p, void* workspace, void* stream) {
   const BackwardPlan plan = make_backward_plan(p);
   if (p.head_dim_v <= 128) return launch_separate<SeparateTileD192V128>(p, plan, workspace, stream);
   launch_separate<SeparateTileD192>(p, plan, workspace, stream);

@@ -4,7 +4,7 @@
 namespace flash::cuda::sm90 {
 
 template <>
-void launch_backward<256>(const BackwardParams& p, void* workspace, void* stream) {
+void launch_backward<256, Variant::kPlain>(const BackwardParams& p, void* workspace, void* stream) {
   const BackwardPlan plan = make_backward_plan(p);
   launch_separate<SeparateTileD256>(p, plan, workspace, stream);
 }

@@ -4,11 +4,18 @@
 namespace flash::cuda::sm90 {
 
 template <>
-void launch_backward<64>(const BackwardParams& p, void* workspace, void* stream) {
+void launch_backward<64, Variant::kPlain>(const BackwardParams& p, void* workspace, void* stream) {
   const BackwardPlan plan = make_backward_plan(p);
   if (plan.row == BackwardRow::kD64Short)
     return launch_backward_tile<64, BackwardTileD64Short>(p, plan, workspace, stream);
   launch_backward_tile<64, BackwardTileD64>(p, plan, workspace, stream);
+}
+
+template <>
+void launch_backward<64, Variant::kGeneral>(const BackwardParams& p, void* workspace,
+                                            void* stream) {
+  launch_backward_tile<64, BackwardTileD64General, Variant::kGeneral>(p, make_backward_plan(p),
+                                                                      workspace, stream);
 }
 
 }  // namespace flash::cuda::sm90

@@ -32,6 +32,13 @@ FLASH_DEVICE void init_backward_barriers(typename Traits::SharedStorage& shared)
     ptx::mbarrier_init(&shared.tile_full[i], 1);
     ptx::mbarrier_init(&shared.tile_empty[i], kMmaWarps + 1);  // and the adding warp
   }
+  if constexpr (Traits::kGeneral) {
+    ptx::mbarrier_init(&shared.ds_empty, kMmaWarps);
+    for (int i = 0; i < Traits::kPairStages; ++i) {
+      ptx::mbarrier_init(&shared.pairs.full[i], 1);
+      ptx::mbarrier_init(&shared.pairs.empty[i], kMmaWarps);
+    }
+  }
   ptx::mbarrier_init_fence();
 }
 
@@ -51,12 +58,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (threadIdx.x == 0) load_backward_tiles<Traits>(maps, p, schedule, shared);
     if (warp == 1) add_dq<Traits>(p, schedule, shared);
     if (warp >= 2) convert_dq<Traits>(p, schedule, shared, warp - 2);
+  } else if (Traits::kGeneral) {  // long code, once in the instruction cache
+    ptx::grow_registers<Traits::kFirstRegisters>();
+    BackwardCompute<Traits>(maps, p, schedule, shared, warpgroup - 1).run();
   } else if (warpgroup == 1) {
     ptx::grow_registers<Traits::kFirstRegisters>();
-    BackwardCompute<Traits, 0>(p, schedule, shared).run();
+    BackwardCompute<Traits>(maps, p, schedule, shared, 0).run();
   } else {
     ptx::grow_registers<Traits::kSecondRegisters>();
-    BackwardCompute<Traits, 1>(p, schedule, shared).run();
+    BackwardCompute<Traits>(maps, p, schedule, shared, 1).run();
   }
 }
 

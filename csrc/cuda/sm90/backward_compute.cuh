@@ -8,26 +8,30 @@
 //   all of dS is there: barrier of both            dK += dS^T Q
 //   dQ = dS K, dK += dS^T Q                        no barrier: each waits for the dS(m - 1) of the
 //   dQ leaves under dK                             other, and may be half a step ahead
+//
+// General variant: the first, with P in 16 bits and the features between the products.
 #pragma once
 
 #include "cuda/sm90/backward_dq.cuh"
+#include "cuda/sm90/backward_general.cuh"
 #include "cuda/sm90/backward_mma.cuh"
 
 namespace flash::cuda::sm90 {
 
-template <class Traits, int kWarpgroup>
+template <class Traits>
 struct BackwardCompute {
   using Element = typename Traits::Element;
   using Shared = typename Traits::SharedStorage;
   static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   static constexpr int kHeadDim = Traits::kHeadDim;
-  static constexpr bool kOwnsDq = kWarpgroup == 0 || Traits::kDqOwner == DqOwner::kBothWarpgroups;
   static constexpr bool kNextStep = Traits::kDqOrder == DqOrder::kNextStep;
+  static constexpr bool kGeneral = Traits::kGeneral;
 
+  const BackwardMaps& maps;
   const BackwardParams& p;
   const BackwardSchedule& schedule;
   Shared& shared;
-  const int lane, warp;
+  const int warpgroup, lane, warp;
   const float scale_log2;
   const uint32_t sK, sV;
 
@@ -36,61 +40,81 @@ struct BackwardCompute {
   Ring<2> ring;
   int key;           // first of this thread's two
   KeptColumns kept;  // queries that they keep
+  GeneralStep<Traits> general;
 
-  FLASH_DEVICE BackwardCompute(const BackwardParams& params, const BackwardSchedule& s,
-                               Shared& storage)
-      : p(params),
+  FLASH_DEVICE BackwardCompute(const BackwardMaps& tensors, const BackwardParams& params,
+                               const BackwardSchedule& s, Shared& storage, int warpgroup_index)
+      : maps(tensors),
+        p(params),
         schedule(s),
         shared(storage),
+        warpgroup(warpgroup_index),
         lane(threadIdx.x & 31),
         warp(warp_uniform((threadIdx.x >> 5) & 3)),
         scale_log2(static_cast<float>(params.softmax_scale * 1.4426950408889634)),
-        sK(shared_address(storage.k) + kWarpgroup * 64 * 128),
-        sV(shared_address(storage.v) + kWarpgroup * 64 * 128) {}
+        sK(shared_address(storage.k) + warpgroup * 64 * 128),
+        sV(shared_address(storage.v) + warpgroup * 64 * 128),
+        general(tensors, params, storage, warpgroup_index) {}
 
   FLASH_DEVICE void release(uint64_t* barrier) const {  // one arrival per warp
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(barrier);
   }
   FLASH_DEVICE uint32_t ds_chunk(int stage) const {
-    return shared_address(shared.ds[stage]) + kWarpgroup * kBlockM * 128;
+    return shared_address(shared.ds[stage]) + warpgroup * kBlockM * 128;
   }
   FLASH_DEVICE Ring<2> stage_before() const {
     return {ring.stage ^ 1, ring.parity ^ (ring.stage == 0)};
   }
 
-  /// S^T and dP^T of a block are issued; S^T has arrived and become P^T.
-  FLASH_DEVICE void begin_step(float (&accS)[kBlockM / 2], float (&accdP)[kBlockM / 2], int m_block,
-                               bool is_masked) {
+  /// S^T and dP^T of a block are issued; S^T has arrived and become P^T, in rP if kGeneral.
+  FLASH_DEVICE void begin_step(float (&accS)[kBlockM / 2], float (&accdP)[kBlockM / 2],
+                               uint32_t (&rP)[kBlockM / 4], int m_block, bool is_masked) {
     const int stage = ring.stage;
     ptx::mbarrier_wait(&shared.q_full[stage], ring.parity);
     issue_rows_by_rows<Element, kHeadDim, kBlockN, kBlockM>(accS, sK, shared.q[stage]);
-    ptx::mbarrier_wait(&shared.dout_full[stage], ring.parity);
-    issue_rows_by_rows<Element, kHeadDim, kBlockN, kBlockM>(accdP, sV, shared.dout[stage]);
-    ptx::wgmma_wait<1>();
+    const auto issue_dp = [&] {
+      ptx::mbarrier_wait(&shared.dout_full[stage], ring.parity);
+      issue_rows_by_rows<Element, kHeadDim, kBlockN, kBlockM>(accdP, sV, shared.dout[stage]);
+    };
+    if (Traits::kOverlapsDp) issue_dp();
+    ptx::wgmma_wait<Traits::kOverlapsDp ? 1 : 0>();
     ptx::pin(accS);
-    if (is_masked) mask_scores<kBlockM>(kept, accS, m_block);
-    probabilities<kBlockM>(accS, scale_log2, shared.lse_log2[stage]);
+    if constexpr (kGeneral) {
+      general.make_weights(rP, accS, m_block, key, kept, is_masked, ring);
+    } else {
+      if (is_masked) mask_scores<kBlockM>(kept, accS, m_block);
+      probabilities<kBlockM>(accS, scale_log2, shared.lse_log2[stage]);
+      to_fragment<Element>(rP, accS);
+    }
+    if (!Traits::kOverlapsDp) {
+      ptx::pin(rP);
+      issue_dp();
+    }
   }
 
   FLASH_DEVICE void step(int m_block, bool is_masked, bool is_last) {
-    const int stage = ring.stage;
+    const int stage = ring.stage, ds_stage = Traits::kDsStages == 1 ? 0 : stage;
     float accS[kBlockM / 2], accdP[kBlockM / 2];
     uint32_t rP[kBlockM / 4];
-    begin_step(accS, accdP, m_block, is_masked);
-    to_fragment<Element>(rP, accS);
+    begin_step(accS, accdP, rP, m_block, is_masked);
     ptx::wgmma_wait<0>();
     ptx::pin(accdP);
     if (is_last) release(&shared.v_empty);
-    scores_gradient<kBlockM>(accS, accdP, shared.delta[stage]);
+    if constexpr (kGeneral) {
+      general.make_gradient(rP, accdP, ring);
+    } else {
+      scores_gradient<kBlockM>(accS, accdP, shared.delta[stage]);
+    }
     to_fragment<Element>(rdS, accdP);
-    put_ds<kBlockM>(ds_chunk(stage), rdS, warp);
+    put_ds<kBlockM>(ds_chunk(ds_stage), rdS, warp);
     issue_fragment_by_rows<Element, kHeadDim, kBlockM>(accdV, rP, shared.dout[stage]);
     ptx::fence_proxy_async();
     ptx::named_barrier_sync(barrier_of(NamedBarrier::kDsWritten, 0), 256);
-    if constexpr (kOwnsDq) {
+    if constexpr (kGeneral) general.store_bias_gradient(m_block);
+    if (Traits::kDqOwner == DqOwner::kBothWarpgroups || warpgroup == 0) {
       float accdQ[Traits::kDqN / 2];
-      issue_dq<Traits>(accdQ, shared.ds[stage], shared.k, kWarpgroup);
+      issue_dq<Traits>(accdQ, shared.ds[ds_stage], shared.k, warpgroup);
       ptx::wgmma_wait<1>();
       ptx::pin(accdV), ptx::pin(rP);
       release(&shared.dout_empty[stage]);
@@ -98,7 +122,7 @@ struct BackwardCompute {
       ptx::wgmma_wait<1>();
       ptx::pin(accdQ);
       if (is_last) release(&shared.k_empty);
-      put_dq<Traits>(shared, accdQ, kWarpgroup);
+      put_dq<Traits>(shared, accdQ, warpgroup);
     } else {
       ptx::wgmma_wait<0>();
       ptx::pin(accdV), ptx::pin(rP);
@@ -109,6 +133,7 @@ struct BackwardCompute {
     ptx::wgmma_wait<0>();
     ptx::pin(accdK), ptx::pin(rdS);
     release(&shared.q_empty[stage]);
+    if constexpr (kGeneral) general.end_step();
     ring.advance();
   }
 
@@ -119,8 +144,7 @@ struct BackwardCompute {
     const Ring<2> previous = stage_before();
     float accS[kBlockM / 2], accdP[kBlockM / 2];
     uint32_t rP[kBlockM / 4];
-    begin_step(accS, accdP, m_block, is_masked);
-    to_fragment<Element>(rP, accS);
+    begin_step(accS, accdP, rP, m_block, is_masked);
     auto finish_scores = [&] {
       ptx::pin(accdP);
       scores_gradient_16<Element, kBlockM>(rP, accdP, shared.delta[stage]);
@@ -136,13 +160,13 @@ struct BackwardCompute {
     } else {
       float accdQ[Traits::kDqN / 2];
       ptx::mbarrier_wait(&shared.ds_full[previous.stage], previous.parity);
-      issue_dq<Traits>(accdQ, shared.ds[previous.stage], shared.k, kWarpgroup);
+      issue_dq<Traits>(accdQ, shared.ds[previous.stage], shared.k, warpgroup);
       ptx::wgmma_wait<1>();
       finish_scores();
       ptx::wgmma_wait<1>();
       ptx::pin(accdQ);
       release(&shared.ds_full[stage]);  // here: dQ(m - 1) no longer reads the buffer of dS(m + 1)
-      put_dq<Traits>(shared, accdQ, kWarpgroup);
+      put_dq<Traits>(shared, accdQ, warpgroup);
     }
     issue_fragment_by_rows<Element, kHeadDim, kBlockM>(accdK, rdS, shared.q[stage]);
     ptx::wgmma_wait<0>();  // dK in flight over the back-edge would serialise (C7512)
@@ -156,14 +180,15 @@ struct BackwardCompute {
     float accdQ[Traits::kDqN / 2];
     if (is_last_head) release(&shared.v_empty);
     ptx::mbarrier_wait(&shared.ds_full[previous.stage], previous.parity);
-    issue_dq<Traits>(accdQ, shared.ds[previous.stage], shared.k, kWarpgroup);
+    issue_dq<Traits>(accdQ, shared.ds[previous.stage], shared.k, warpgroup);
     ptx::wgmma_wait<0>();
     ptx::pin(accdQ);
     if (is_last_head) release(&shared.k_empty);
-    put_dq<Traits>(shared, accdQ, kWarpgroup);
+    put_dq<Traits>(shared, accdQ, warpgroup);
   }
 
-  /// All blocks of queries of one query head: masked, full, masked.
+  /// All blocks of queries of one query head: masked, full, masked. `is_last_head` of those that
+  /// use this K and V.
   FLASH_DEVICE void run_head(const BackwardTileId& tile, bool is_last_head) {
     const int full_end = to_uniform(tile.full.end), end = to_uniform(tile.visit.end);
     const int full_begin = to_uniform(tile.full.begin);
@@ -176,14 +201,19 @@ struct BackwardCompute {
       }
       ++m_block;
     };
-    if constexpr (kNextStep) step_with_previous_dq</*kIsFirst=*/true>(m_block++, true);
+    if constexpr (kGeneral) {  // one loop: its code is long
 #pragma unroll 1
-    while (m_block < full_begin) next(/*is_masked=*/true);
+      while (m_block < end) next(m_block < full_begin || m_block >= full_end);
+    } else {
+      if constexpr (kNextStep) step_with_previous_dq</*kIsFirst=*/true>(m_block++, true);
 #pragma unroll 1
-    while (m_block < full_end) next(/*is_masked=*/false);
+      while (m_block < full_begin) next(/*is_masked=*/true);
 #pragma unroll 1
-    while (m_block < end) next(/*is_masked=*/true);
-    if constexpr (kNextStep) last_dq(is_last_head);
+      while (m_block < full_end) next(/*is_masked=*/false);
+#pragma unroll 1
+      while (m_block < end) next(/*is_masked=*/true);
+      if constexpr (kNextStep) last_dq(is_last_head);
+    }
   }
 
   FLASH_DEVICE void run() {
@@ -191,18 +221,30 @@ struct BackwardCompute {
     int kv_parity = 0;
     for (int index; (index = next_tile(shared, slot)) >= 0;) {
       const BackwardTileId tile = backward_tile<Traits>(p, schedule, index);
-      key = tile.n_block * kBlockN + kWarpgroup * 64 + warp * 16 + lane / 4;
+      key = tile.n_block * kBlockN + warpgroup * 64 + warp * 16 + lane / 4;
       kept = KeptColumns(p.mask_of(tile.q, tile.k).transposed(), key);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) accdK[i] = accdV[i] = 0.f;
       if (tile.visit.begin < tile.visit.end) {
-        ptx::mbarrier_wait(&shared.k_full, kv_parity);
-        ptx::mbarrier_wait(&shared.v_full, kv_parity);
-        kv_parity ^= 1;
+        const auto wait_for_keys = [&] {
+          ptx::mbarrier_wait(&shared.k_full, kv_parity);
+          ptx::mbarrier_wait(&shared.v_full, kv_parity);
+          kv_parity ^= 1;
+        };
+        wait_for_keys();
+        const bool reloads = reloads_keys<Traits>(p);
 #pragma unroll 1
-        for (int g = 0; g < p.gqa_ratio(); ++g) run_head(tile, g + 1 == p.gqa_ratio());
+        for (int g = 0; g < p.gqa_ratio(); ++g) {
+          if constexpr (kGeneral) {
+            general.begin_head(tile, tile.head_k * p.gqa_ratio() + g);
+            if (reloads && g > 0) wait_for_keys();
+            if (reloads) general.clean_keys();
+          }
+          run_head(tile, reloads || g + 1 == p.gqa_ratio());
+        }
       }
-      store_rows<Element, kHeadDim>(p.dv, tile.k, tile.head_k, accdV, 1.f, key, p.head_dim_v);
+      const float dv_scale = kGeneral ? general.scores.dropout_scale() : 1.f;
+      store_rows<Element, kHeadDim>(p.dv, tile.k, tile.head_k, accdV, dv_scale, key, p.head_dim_v);
       store_rows<Element, kHeadDim>(p.dk, tile.k, tile.head_k, accdK,
                                     static_cast<float>(p.softmax_scale), key, p.head_dim);
     }

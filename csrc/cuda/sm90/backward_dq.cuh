@@ -113,22 +113,24 @@ FLASH_DEVICE void add_dq(const BackwardParams& p, const BackwardSchedule& schedu
   if (is_leader) ptx::bulk_wait_written<0>();
 }
 
-/// One half of dQ of a block: dq = scale * sums, out of register order. `sums` lies in shared
-/// memory.
+/// A part of one half of dQ of a block: dq = scale * sums, out of register order. `sums` lies in
+/// shared memory.
 template <class Traits>
-FLASH_DEVICE void round_dq_half(const BackwardParams& p, uint32_t sums, int head_index, int m_block,
-                                int half) {
+FLASH_DEVICE void round_dq_part(const BackwardParams& p, uint32_t sums, int head_index, int m_block,
+                                int half, int part) {
+  constexpr int kSteps = Traits::kDqSize / 1024 / Traits::kConvertParts;  // of 8 columns
   if (!p.dq.data) return;
   const int lane = threadIdx.x % 32;
   const int first_row =
       m_block * Traits::kBlockM + (Traits::kDqSplitsRows ? half * 64 : 0) + lane / 4;
   // Split by columns or not at all: the second half starts at column kHeadDim / 2.
-  const int column = (Traits::kDqSplitsRows ? 0 : half * (Traits::kHeadDim / 2)) + lane % 4 * 2;
+  const int column = (Traits::kDqSplitsRows ? 0 : half * (Traits::kHeadDim / 2)) +
+                     part * kSteps * 8 + lane % 4 * 2;
   const Sequence rows = Sequence::of(p.q_layout, head_index / p.num_heads);
   auto* dq = static_cast<uint16_t*>(p.dq.data) + p.dq.offset(rows, head_index % p.num_heads);
   const float scale = static_cast<float>(p.softmax_scale);
 #pragma unroll 1
-  for (int c = 0; c < Traits::kDqSize / 1024; ++c) {  // 64 rows x 8 columns
+  for (int c = 0; c < kSteps; ++c) {
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       const uint32_t at = sums + lane * 16 + (c * 4 + w) * 512;
@@ -151,7 +153,7 @@ FLASH_DEVICE void round_dq_half(const BackwardParams& p, uint32_t sums, int head
 template <class Traits>
 FLASH_DEVICE void convert_dq(const BackwardParams& p, const BackwardSchedule& schedule,
                              typename Traits::SharedStorage& shared, int half) {
-  constexpr int kSize = Traits::kDqSize / 2;
+  constexpr int kSize = Traits::kDqSize / 2, kPartSize = kSize / Traits::kConvertParts;
   const int lane = threadIdx.x % 32, heads = p.batch * p.num_heads;
   int parity = 0;
 #pragma unroll 1
@@ -167,21 +169,27 @@ FLASH_DEVICE void convert_dq(const BackwardParams& p, const BackwardSchedule& sc
       const int needed = (head_index / schedule.dq_slots + 1) * (adding.end - adding.begin);
       while (ptx::load_acquire(schedule.arrivals + block) < needed) __nanosleep(100);
       ptx::fence_proxy_async_global();
-      ptx::mbarrier_expect_bytes(&shared.half_full[half], kSize * 4);
-      ptx::bulk_load(shared_address(shared.half_dq[half]), sums, kSize * 4,
-                     &shared.half_full[half]);
     }
-    __syncwarp();
-    ptx::mbarrier_wait(&shared.half_full[half], parity);
-    parity ^= 1;
     const bool is_reused = head_index + schedule.dq_slots < heads;
-    if (is_reused) {
+#pragma unroll 1
+    for (int part = 0; part < Traits::kConvertParts; ++part, sums += kPartSize) {
+      if (lane == 0) {
+        ptx::mbarrier_expect_bytes(&shared.half_full[half], kPartSize * 4);
+        ptx::bulk_load(shared_address(shared.half_dq[half]), sums, kPartSize * 4,
+                       &shared.half_full[half]);
+      }
+      __syncwarp();
+      ptx::mbarrier_wait(&shared.half_full[half], parity);
+      parity ^= 1;
+      if (is_reused) {
 #pragma unroll 4
-      for (int i = lane; i < kSize / 4; i += 32)
-        __stcg(reinterpret_cast<float4*>(sums) + i, float4{});
+        for (int i = lane; i < kPartSize / 4; i += 32)
+          __stcg(reinterpret_cast<float4*>(sums) + i, float4{});
+      }
+      round_dq_part<Traits>(p, shared_address(shared.half_dq[half]), head_index, m_block, half,
+                            part);
+      __syncwarp();
     }
-    round_dq_half<Traits>(p, shared_address(shared.half_dq[half]), head_index, m_block, half);
-    __syncwarp();
     if (lane == 0 && is_reused) {
       ptx::fence_gpu();
       ptx::add_relaxed(schedule.cleared + dq_slot);

@@ -33,10 +33,27 @@ inline BackwardSchedule make_backward_schedule(const BackwardPlan& plan, bool de
 
 template <class Traits>
 BackwardMaps make_backward_maps(const BackwardParams& p) {
-  return {make_tma_tensor(p, p.q, p.q_layout, p.num_heads, p.head_dim, Traits::kBlockM),
-          make_tma_tensor(p, p.k, p.k_layout, p.num_heads_k, p.head_dim, Traits::kBlockN),
-          make_tma_tensor(p, p.v, p.k_layout, p.num_heads_k, p.head_dim_v, Traits::kBlockN),
-          make_tma_tensor(p, p.dout, p.q_layout, p.num_heads, p.head_dim_v, Traits::kBlockM)};
+  BackwardMaps maps{
+      make_tma_tensor(p, p.q, p.q_layout, p.num_heads, p.head_dim, Traits::kBlockM),
+      make_tma_tensor(p, p.k, p.k_layout, p.num_heads_k, p.head_dim, Traits::kBlockN),
+      make_tma_tensor(p, p.v, p.k_layout, p.num_heads_k, p.head_dim_v, Traits::kBlockN),
+      make_tma_tensor(p, p.dout, p.q_layout, p.num_heads, p.head_dim_v, Traits::kBlockM)};
+  if constexpr (Traits::kGeneral) {
+    maps.pairs = make_pair_tiles(p, Traits::kBlockM, Traits::kBlockN);
+    maps.has_dbias = writes_bias_gradient(p);
+    if (maps.has_dbias) maps.dbias = make_bias_gradient_map(p, Traits::kBlockM, 64);
+  }
+  return maps;
+}
+
+/// Blocks that no tile visits are not written.
+inline void clear_bias_gradient(const BackwardParams& p, void* stream) {
+  const bool is_bounded = p.mask.window_left < IntervalMask::kUnbounded ||
+                          p.mask.window_right < IntervalMask::kUnbounded;
+  if (!writes_bias_gradient(p) || !(is_bounded || is_ragged(p))) return;
+  const size_t bytes =
+      size_t(p.batch) * p.num_heads * p.q_layout.max * p.k_layout.max * element_bytes(p.dtype);
+  FLASH_CUDA_CHECK(cudaMemsetAsync(p.dbias, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
 template <class Traits>
@@ -45,20 +62,22 @@ void launch_backward_traits(const BackwardParams& p, const BackwardPlan& plan, v
   const BackwardSchedule schedule = make_backward_schedule(plan, p.deterministic, workspace);
   const BackwardMaps maps = make_backward_maps<Traits>(p);
   const int64_t query_blocks = int64_t{p.batch} * p.num_heads * plan.num_m_blocks;
+  if constexpr (Traits::kGeneral) clear_bias_gradient(p, stream);
   launch(prepare_kernel<Traits>, query_blocks, 256, 0, stream, p, schedule);
   launch(backward_kernel<Traits>, std::min(plan.num_tiles, num_multiprocessors()), Traits::kThreads,
          sizeof(typename Traits::SharedStorage), stream, maps, p, schedule);
 }
 
 /// Element of the call; the row of the tile table is the plan's.
-template <int kHeadDim, class Tile>
+template <int kHeadDim, class Tile, Variant kVariant = Variant::kPlain>
 void launch_backward_tile(const BackwardParams& p, const BackwardPlan& plan, void* workspace,
                           void* stream) {
   if (p.dtype == DType::kBFloat16) {
-    launch_backward_traits<BackwardTraits<__nv_bfloat16, kHeadDim, Tile>>(p, plan, workspace,
-                                                                          stream);
+    launch_backward_traits<BackwardTraits<__nv_bfloat16, kHeadDim, Tile, kVariant>>(
+        p, plan, workspace, stream);
   } else {
-    launch_backward_traits<BackwardTraits<__half, kHeadDim, Tile>>(p, plan, workspace, stream);
+    launch_backward_traits<BackwardTraits<__half, kHeadDim, Tile, kVariant>>(p, plan, workspace,
+                                                                             stream);
   }
 }
 

@@ -3,11 +3,17 @@
 #pragma once
 
 #include "cuda/sm90/backward_traits.cuh"
+#include "cuda/sm90/pair_tiles.h"
+#include "cuda/sm90/unattended_keys.cuh"
 
 namespace flash::cuda::sm90 {
 
 struct BackwardMaps {
   TmaTensor q, k, v, dout;  ///< boxes of 64 columns
+  // General variant:
+  PairTiles pairs;
+  CUtensorMap dbias;  ///< boxes of kBlockM queries x 64 keys
+  bool has_dbias;     ///< the kernel writes it
 };
 
 /// Rows [row, + rows) of one sequence and head, kChunks chunks from column on; the bytes are
@@ -34,6 +40,36 @@ FLASH_DEVICE bool publish_tile(Shared& shared, Ring<2>& slot, int index, int num
   return index < num_tiles;
 }
 
+/// General variant: keys that one query head attends and another does not are loaded for each.
+template <class Traits>
+FLASH_DEVICE bool reloads_keys(const BackwardParams& p) {
+  return Traits::kGeneral && has_unattended_keys(p);
+}
+
+/// A tile of a bias or mask, if there are any.
+template <class Traits>
+FLASH_DEVICE void load_pairs(const PairTiles& pairs, typename Traits::SharedStorage& shared,
+                             Ring<Traits::kPairStages>& ring, const BackwardTileId& tile, int head,
+                             int m_block) {
+  if (pairs.kind == PairKind::kNone) return;
+  uint64_t* const full = &shared.pairs.full[ring.stage];
+  const auto load = [&]<class T>(T) {
+    using Layout = PairTileLayout<T, Traits::kBlockM, Traits::kBlockN>;
+    ptx::mbarrier_expect_bytes(full, Layout::kBoxes * Layout::kBoxBytes);
+#pragma unroll
+    for (int box = 0; box < Layout::kBoxes; ++box)
+      ptx::tma_load_4d(shared_address(shared.pairs.tile[ring.stage]) + box * Layout::kBoxBytes,
+                       pairs.map, full, tile.n_block * Traits::kBlockN + box * Layout::kBoxCols,
+                       m_block * Traits::kBlockM, head, tile.batch, ptx::kEvictFirst);
+  };
+  ptx::mbarrier_wait(&shared.pairs.empty[ring.stage], ring.parity ^ 1);
+  if (pairs.kind == PairKind::kBias)
+    load(typename Traits::Element());
+  else
+    load(uint8_t());
+  ring.advance();
+}
+
 /// Per tile and block of queries: Q with lse, in kQueryParts, dO with delta; K and V after the
 /// first of them, because those of the tile before are still in use when its successor's first
 /// block can be loaded.
@@ -46,6 +82,7 @@ FLASH_DEVICE void load_backward_tiles(const BackwardMaps& maps, const BackwardPa
   constexpr int kParts = Traits::kQueryParts, kPartChunks = Traits::kChunks / kParts;
   Ring<Traits::kQuerySlots> queries;
   Ring<Traits::kStages> ring;
+  Ring<Traits::kPairStages> pair_ring;
   Ring<2> slot;
   int kv_parity = 1, index = blockIdx.x;
   while (true) {
@@ -56,6 +93,7 @@ FLASH_DEVICE void load_backward_tiles(const BackwardMaps& maps, const BackwardPa
       const int head = tile.head_k * p.gqa_ratio() + g;
       const int64_t rows =
           (int64_t{tile.batch} * p.num_heads + head) * schedule.num_m_blocks * kBlockM;
+      if (reloads_keys<Traits>(p)) is_first = true;
 #pragma unroll 1
       for (int m_block = tile.visit.begin; m_block < tile.visit.end; ++m_block) {
         const int row = m_block * kBlockM;
@@ -71,6 +109,8 @@ FLASH_DEVICE void load_backward_tiles(const BackwardMaps& maps, const BackwardPa
                            schedule.lse_log2 + rows + row, kBlockM * 4, q_full);
           queries.advance();
         }
+        if constexpr (Traits::kGeneral)
+          load_pairs<Traits>(maps.pairs, shared, pair_ring, tile, head, m_block);
         uint64_t* dout_full = &shared.dout_full[ring.stage];
         ptx::mbarrier_wait(&shared.dout_empty[ring.stage], ring.parity ^ 1);
         ptx::mbarrier_expect_bytes(dout_full, kBlockM * (kRowBytesV + 4));

@@ -54,11 +54,12 @@ template <class Traits>
 FLASH_DEVICE void issue_dq(float (&acc)[Traits::kDqN / 2], const uint16_t* ds, const uint16_t* k,
                            int warpgroup) {
   const uint32_t first_row = Traits::kDqSplitsRows ? warpgroup * 64 * 128 : 0;
-  const uint32_t first_chunk = Traits::kDqSplitsColumns ? warpgroup * Traits::kBlockN * 128 : 0;
+  const int column = Traits::kDqSplitsColumns ? warpgroup * Traits::kDqN : 0;
+  const uint32_t first_column = column / 64 * Traits::kBlockN * 128 + column % 64 * 2;
   const uint64_t a =
       ptx::descriptor(ptx::descriptor_layout(16, 1024), shared_address(ds) + first_row);
   const uint64_t b = ptx::descriptor(ptx::descriptor_layout(Traits::kBlockN * 128, 1024),
-                                     shared_address(k) + first_chunk);
+                                     shared_address(k) + first_column);
   ptx::pin(acc);
   ptx::wgmma_fence();
 #pragma unroll
@@ -154,16 +155,20 @@ FLASH_DEVICE void scores_gradient_16(const uint32_t (&rP)[kBlockM / 4], float (&
   }
 }
 
-/// dS^T fragments to shared dS: rows = queries, the swizzled chunk of this warpgroup's 64 keys.
+/// Where a lane puts 16 bytes of this warp's part of dS of the queries 16 j ... 16 j + 15: rows =
+/// queries, the swizzled chunk of this warpgroup's 64 keys.
+FLASH_DEVICE uint32_t ds_place(uint32_t chunk, int warp, int j) {
+  const int lane = threadIdx.x & 31;
+  const int query = j * 16 + (lane & 7) + (lane >> 4) * 8;
+  const int unit = (warp * 2 + (lane >> 3 & 1)) ^ (query & 7);
+  return chunk + query * 128 + unit * 16;
+}
+/// dS^T fragments to shared dS.
 template <int kBlockM>
 FLASH_DEVICE void put_ds(uint32_t chunk, const uint32_t (&rdS)[kBlockM / 4], int warp) {
-  const int lane = threadIdx.x & 31;
 #pragma unroll
-  for (int j = 0; j < kBlockM / 16; ++j) {
-    const int query = j * 16 + (lane & 7) + (lane >> 4) * 8;
-    const int unit = (warp * 2 + (lane >> 3 & 1)) ^ (query & 7);
-    ptx::stmatrix_x4_transposed(chunk + query * 128 + unit * 16, &rdS[4 * j]);
-  }
+  for (int j = 0; j < kBlockM / 16; ++j)
+    ptx::stmatrix_x4_transposed(ds_place(chunk, warp, j), &rdS[4 * j]);
 }
 
 /// Lane i of a quad gives v[0 ... 3] and gets v[i] of lanes 0 ... 3.

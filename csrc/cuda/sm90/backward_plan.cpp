@@ -12,11 +12,13 @@ namespace {
 BackwardRow choose_row(const BackwardParams& p) {
   const int length = p.k_layout.max;
   const int head_dim = backward_head_dim(p);
+  if (head_dim > 128) return BackwardRow::kSeparate;
+  if (p.variant() == Variant::kGeneral) return BackwardRow::kGeneral;
   // Head dims 96 and 128, where S and dP twice cost less than sums of dQ: causal, +14 % and +25 %
   // at 512 tokens, +3 % and +12 % at 1k, -20 % and -12 % at 2k; deterministic, full, +7 to +21 %
   // from 512 to 2k, causal 0 to 4 % at 2k.
   const bool is_short = length <= (p.deterministic ? 2048 : is_causal(p) ? 1024 : 0);
-  if (head_dim > 128 || (head_dim > 64 && is_short)) return BackwardRow::kSeparate;
+  if (head_dim > 64 && is_short) return BackwardRow::kSeparate;
   if (head_dim == 96) return BackwardRow::kD128;
   if (head_dim == 64)
     return length <= (is_causal(p) ? 1024 : 512) ? BackwardRow::kD64Short : BackwardRow::kD64;
@@ -32,7 +34,8 @@ BackwardPlan make_backward_plan(const BackwardParams& p) {
   BackwardPlan plan{};
   plan.row = choose_row(p);
   const bool is_separate = plan.row == BackwardRow::kSeparate;
-  const int block_m = head_dim == 64 || is_separate ? 128 : 64, block_n = is_separate ? 64 : 128;
+  const bool is_d64 = plan.row == BackwardRow::kD64 || plan.row == BackwardRow::kD64Short;
+  const int block_m = is_d64 || is_separate ? 128 : 64, block_n = is_separate ? 64 : 128;
   plan.num_m_blocks = (p.q_layout.max + block_m - 1) / block_m;
   plan.num_n_blocks = (p.k_layout.max + block_n - 1) / block_n;
   plan.num_tiles = plan.num_n_blocks * p.num_heads_k * p.batch;

@@ -6,8 +6,9 @@
 
 namespace flash::cuda::sm90 {
 
-/// kSeparate: dQ by a kernel of its own, without sums of dQ in memory.
-enum class BackwardRow { kD64, kD64Short, kD128, kD128Short, kSeparate };
+/// kGeneral: that of the variant. kSeparate: dQ by a kernel of its own, without sums of dQ in
+/// memory.
+enum class BackwardRow { kD64, kD64Short, kD128, kD128Short, kGeneral, kSeparate };
 
 struct BackwardPlan {
   BackwardRow row;

@@ -8,9 +8,9 @@
 
 namespace flash::cuda::sm90 {
 
-/// delta = rowsum(dO o O) - dLSE, lse log2 e, and zeros in the sums of dQ (if there are any) and in
-/// the counters. One CTA per block of queries and head. Rows that keep nothing (an infinite lse)
-/// get +inf: P = 0.
+/// delta = rowsum(dO o O) - dLSE, lse log2 e (general variant: lse), and zeros in the sums of dQ
+/// (if there are any) and in the counters. One CTA per block of queries and head. Rows that keep
+/// nothing (an infinite lse) get +inf: P = 0.
 template <class Traits>
 __global__ void __launch_bounds__(256)
     prepare_kernel(const __grid_constant__ BackwardParams p,
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(256)
           delta += u.x * v.x + u.y * v.y;
         }
       }
-      if (!isinf(lse[query])) row_lse = lse[query] * 1.4426950408889634f;
+      if (!isinf(lse[query])) row_lse = lse[query] * (Traits::kGeneral ? 1.f : 1.4426950408889634f);
     }
 #pragma unroll
     for (int offset = kLanes / 2; offset > 0; offset /= 2)

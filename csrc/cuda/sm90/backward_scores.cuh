@@ -56,20 +56,22 @@ struct BackwardScores {
     const float scale = static_cast<float>(p.softmax_scale);
 #pragma unroll
     for (int j = 0; j < kCount; j += ScoreBlock::kCount) {
-      const auto products = ScoreBlock::of([&](int i) { return acc[j + i] * scale; });
-      const BlockPlace<Element, kRows, Staged> place{p,        batch, head,           seqlen_q,
-                                                     seqlen_k, row,   column + 2 * j, staged};
-      const auto modified =
-          p.features.score_mod.template forward<float, ScoreBlock>(products, place);
-#pragma unroll
-      for (int i = 0; i < ScoreBlock::kCount; ++i) acc[j + i] = modified.score.x[i];
+      auto scores = ScoreBlock::of([&](int i) { return acc[j + i] * scale; });
       if (has_slopes()) {
+        const ScoreMod& mod = p.features.score_mod;
+        const auto capped = softcap_score(scores, static_cast<float>(mod.softcap));
         uint32_t slopes[ScoreBlock::kCount / 2];
 #pragma unroll
         for (int i = 0; i < ScoreBlock::kCount / 2; ++i)
-          slopes[i] = pack<__half>(modified.slope.x[2 * i], modified.slope.x[2 * i + 1]);
+          slopes[i] = pack<__half>(capped.slope.x[2 * i], capped.slope.x[2 * i + 1]);
         f(j / ScoreBlock::kCount, slopes);
+        scores = capped.score;
       }
+      const BlockPlace<Element, kRows, Staged> place{p,        batch, head,           seqlen_q,
+                                                     seqlen_k, row,   column + 2 * j, staged};
+      scores = p.features.score_mod.template shifted<float>(scores, place);
+#pragma unroll
+      for (int i = 0; i < ScoreBlock::kCount; ++i) acc[j + i] = scores.x[i];
       staged.column += ScoreBlock::kColumns;
     }
   }

@@ -57,7 +57,8 @@ struct SeparateTraits : Tile {
   static constexpr int kChunks = (kHeadDim + 63) / 64, kChunksV = (kHeadDimV + 63) / 64;
   static constexpr int kThreads = 384, kLoadRegisters = 40, kMmaRegisters = 232;
   static constexpr int kMmaWarps = 8;
-  static constexpr bool kSumsDq = false;
+  static constexpr bool kSumsDq = false, kGeneral = false;
+  static constexpr int kPairStages = 0;
 };
 
 template <class Element, class Tile>

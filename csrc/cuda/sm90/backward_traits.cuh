@@ -31,10 +31,31 @@ struct BackwardTileD128Short {
   static constexpr DqOrder kDqOrder = DqOrder::kSameStep;
 };
 
-template <class Element_, int kHeadDim_, class Tile>
+// General variant. kOverlapsDp: P is made under dP, for which only head dim 64 has the registers.
+struct BackwardTileD64General {  // 128 queries: within 2 %; dQ by one warpgroup: -30 %
+  static constexpr int kBlockM = 64;
+  static constexpr DqOwner kDqOwner = DqOwner::kBothWarpgroups;
+  static constexpr DqOrder kDqOrder = DqOrder::kSameStep;
+  static constexpr bool kOverlapsDp = true;
+};
+struct BackwardTileD96General {
+  static constexpr int kBlockM = 64;
+  static constexpr DqOwner kDqOwner = DqOwner::kFirst;
+  static constexpr DqOrder kDqOrder = DqOrder::kSameStep;
+  static constexpr bool kOverlapsDp = false;
+};
+struct BackwardTileD128General {
+  static constexpr int kBlockM = 64;
+  static constexpr DqOwner kDqOwner = DqOwner::kBothWarpgroups;
+  static constexpr DqOrder kDqOrder = DqOrder::kSameStep;
+  static constexpr bool kOverlapsDp = false;
+};
+
+template <class Element_, int kHeadDim_, class Tile, Variant kVariant = Variant::kPlain>
 struct BackwardTraits : Tile {
   using Element = Element_;
   using Tile::kBlockM, Tile::kDqOwner, Tile::kDqOrder;
+  static constexpr bool kGeneral = kVariant == Variant::kGeneral;
   static constexpr int kHeadDim = kHeadDim_, kBlockN = 128, kStages = 2, kThreads = 384;
   static constexpr int kQueryParts = 1, kQuerySlots = kStages;
   static constexpr bool kSumsDq = true;                                     // in global memory
@@ -49,28 +70,36 @@ struct BackwardTraits : Tile {
   static constexpr int kDqSize = kBlockM * kHeadDim;  // floats of dQ of a block
   // 24 registers spill in the roles of the first warpgroup, never in the loops of the others.
   static constexpr bool kIsTight = kDqOrder == DqOrder::kNextStep;
-  static constexpr int kLoadRegisters = kDqOwner == DqOwner::kBothWarpgroups && !kIsTight ? 40 : 24;
-  static constexpr int kFirstRegisters = kIsTight                               ? 240
-                                         : kDqOwner == DqOwner::kBothWarpgroups ? 232
-                                                                                : 256;
-  static constexpr int kSecondRegisters = kIsTight                               ? 240
-                                          : kDqOwner == DqOwner::kBothWarpgroups ? 232
-                                                                                 : 224;
-  static_assert(kDqSlices * kSliceSize == kDqSize && (kDqN == kHeadDim || kDqN % 64 == 0),
-                "the slices of dQ must cover it and begin with a chunk");
+  static constexpr bool kIsEven = kGeneral || kDqOwner == DqOwner::kBothWarpgroups;
+  static constexpr int kLoadRegisters = kIsEven && !kIsTight ? 40 : 24;
+  static constexpr int kFirstRegisters = kIsTight ? 240 : kIsEven ? 232 : 256;
+  static constexpr int kSecondRegisters = kIsTight ? 240 : kIsEven ? 232 : 224;
+  static constexpr bool kOverlapsDp = [] {
+    if constexpr (kGeneral) return Tile::kOverlapsDp;
+    return true;
+  }();
+  // Tiles of a bias or mask come and go with Q; dS and the conversion of dQ give way to them.
+  static constexpr int kPairStages = kGeneral ? kStages : 0, kDsStages = kGeneral ? 1 : kStages;
+  static constexpr int kConvertParts = kGeneral ? 2 : 1;  // of a half of dQ of a block
+  static_assert(kDqSlices * kSliceSize == kDqSize &&
+                    (kDqN == kHeadDim || kDqN % 64 == 0 || 64 % kDqN == 0),
+                "the slices of dQ must cover it, and lie within chunks");
+  static_assert(!kGeneral || kDqOrder == DqOrder::kSameStep, "dS has one stage");
 
   struct SharedStorage {
     uint16_t k[kBlockN * kChunks * 64];
     uint16_t v[kBlockN * kChunks * 64];
     uint16_t q[kStages][kBlockM * kChunks * 64];
     uint16_t dout[kStages][kBlockM * kChunks * 64];
-    uint16_t ds[kStages][kBlockM * kBlockN];  // rows = queries; chunk w = the keys of warpgroup w
-    float dq[kDqSize];                        // on its way to global memory
-    float half_dq[2][kDqSize / 2];            // being converted
+    uint16_t ds[kDsStages][kBlockM * kBlockN];  // rows = queries; chunk w: keys of warpgroup w
+    [[no_unique_address]] PairStorage<kPairStages, kBlockM * kBlockN * 2> pairs;
+    float dq[kDqSize];                              // on its way to global memory
+    float half_dq[2][kDqSize / 2 / kConvertParts];  // being converted
     float lse_log2[kStages][kBlockM], delta[kStages][kBlockM];
     uint64_t k_full, k_empty, v_full, v_empty;
     uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
     uint64_t ds_full[kStages], half_full[2];
+    uint64_t ds_empty;  // general variant
     uint64_t tile_full[2], tile_empty[2];
     int tile[2];  // index, -1: no more
   };
@@ -80,8 +109,9 @@ struct BackwardTraits : Tile {
 enum class NamedBarrier : int {
   kDsWritten = 1,
   kDqFull = 2,
-  kDqEmpty = 4
-};  // the last two: + slice
+  kDqEmpty = 4,
+  kKeysClean = 6
+};  // the last three: + slice or warpgroup
 
 /// What the pre-kernel prepares, and how the tiles are numbered.
 struct BackwardSchedule {
@@ -89,7 +119,8 @@ struct BackwardSchedule {
   int dq_slots;             ///< heads in dq_sums: a ring that stays in L2
   bool ordered;             ///< deterministic: key blocks add to dQ in turn
   bool last_first;          ///< ordered causal: the last key block of a head first
-  float *lse_log2, *delta;  ///< (batch, num_heads, num_m_blocks * kBlockM): +inf, 0 in padding
+  float *lse_log2, *delta;  ///< (batch, num_heads, num_m_blocks * kBlockM): +inf, 0 in padding;
+                            ///< general variant: lse itself
   float* dq_sums;           ///< (dq_slots, num_m_blocks, kDqSize) in register order
   int* next_tile;           ///< [2], 0 at launch; the second counts the tiles of queries_kernel
   int* arrivals;            ///< (dq_slots, num_m_blocks), 0 at launch: additions to dQ

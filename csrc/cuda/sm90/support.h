@@ -17,6 +17,10 @@ std::vector<std::string> why_backward_unsupported(const ForwardParams& p);
 /// Whether dout and the gradients start and step at multiples of 16 bytes.
 bool gradients_are_aligned(const BackwardParams& p);
 
+/// Whether the backward's kernel writes dbias: that of a bias in the dtype of q which no dimension
+/// broadcasts is dS, block for block.
+bool writes_bias_gradient(const BackwardParams& p);
+
 /// Late rows see more keys than early ones: tiles differ in work.
 bool is_causal(const ForwardParams& p);
 
@@ -31,10 +35,10 @@ int64_t forward_workspace_bytes(const ForwardParams& p);
 int64_t backward_workspace_bytes(const BackwardParams& p);
 
 /// Defined in instances/sm90_*.cu for the head dims above. The backward computes its own delta
-/// from out, dout and dlse.
+/// from out, dout and dlse; dq, dk, dv and what writes_bias_gradient() says.
 template <int kHeadDim, Variant kVariant>
 void launch_forward(const ForwardParams& p, void* workspace, void* stream);
-template <int kHeadDim>
+template <int kHeadDim, Variant kVariant>
 void launch_backward(const BackwardParams& p, void* workspace, void* stream);
 
 }  // namespace flash::cuda::sm90

@@ -124,6 +124,12 @@ TmaTensor make_tma_tensor(const ForwardParams& p, const TensorView& tensor,
           TmaTensor::kRaggedRows, s.batch > 1 ? int(s.batch_stride / s.row_stride) : 0};
 }
 
+CUtensorMap make_bias_gradient_map(const BackwardParams& p, int rows, int cols) {
+  const int64_t row = p.k_layout.max, matrix = row * p.q_layout.max;
+  return encode<4>(tma_type(p.dtype), 2, p.dbias, {row, p.q_layout.max, p.num_heads, p.batch},
+                   {row, matrix, matrix * p.num_heads}, cols, rows);
+}
+
 PairTiles make_pair_tiles(const ForwardParams& p, int rows, int cols) {
   const auto tiles = [&](PairKind kind, CUtensorMapDataType type, int bytes,
                          const PairView& view) -> PairTiles {

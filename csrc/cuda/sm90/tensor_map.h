@@ -24,4 +24,7 @@ TmaTensor make_tma_tensor(const ForwardParams& p, const TensorView& tensor,
 /// Tiles of rows x cols of the bias or the mask of a call, if TMA can bring them.
 PairTiles make_pair_tiles(const ForwardParams& p, int rows, int cols);
 
+/// Boxes of rows x cols of dbias, where writes_bias_gradient().
+CUtensorMap make_bias_gradient_map(const BackwardParams& p, int rows, int cols);
+
 }  // namespace flash::cuda::sm90

@@ -32,6 +32,15 @@ FLASH_DEVICE void tma_load_5d(uint32_t shared, const CUtensorMap& map, uint64_t*
       : "memory");
 }
 
+FLASH_DEVICE void tma_store_4d(const CUtensorMap& map, uint32_t shared, int c0, int c1, int c2,
+                               int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::
+          "l"(&map),
+      "r"(shared), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
 FLASH_DEVICE void tma_store_5d(const CUtensorMap& map, uint32_t shared, int c0, int c1, int c2,
                                int c3, int c4) {
   asm volatile(

@@ -60,14 +60,15 @@ struct Wgmma;
 // clang-format off
 #define FLASH_D8(b) "+f"(d[b]), "+f"(d[b + 1]), "+f"(d[b + 2]), "+f"(d[b + 3]), \
                     "+f"(d[b + 4]), "+f"(d[b + 5]), "+f"(d[b + 6]), "+f"(d[b + 7])
-#define FLASH_D32 FLASH_D8(0), FLASH_D8(8), FLASH_D8(16), FLASH_D8(24)
+#define FLASH_D16 FLASH_D8(0), FLASH_D8(8)
+#define FLASH_D32 FLASH_D16, FLASH_D8(16), FLASH_D8(24)
 #define FLASH_D40 FLASH_D32, FLASH_D8(32)
 #define FLASH_D48 FLASH_D40, FLASH_D8(40)
 #define FLASH_D64 FLASH_D48, FLASH_D8(48), FLASH_D8(56)
 #define FLASH_D96 FLASH_D64, FLASH_D8(64), FLASH_D8(72), FLASH_D8(80), FLASH_D8(88)
 #define FLASH_D128 FLASH_D96, FLASH_D8(96), FLASH_D8(104), FLASH_D8(112), FLASH_D8(120)
-#define FLASH_N32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15" \
-  ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define FLASH_N16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define FLASH_N32 FLASH_N16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define FLASH_N40 FLASH_N32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define FLASH_N48 FLASH_N40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define FLASH_N64 FLASH_N48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
@@ -101,6 +102,7 @@ struct Wgmma;
 #define FLASH_WGMMA_BOTH(...)                        \
   FLASH_WGMMA(__nv_bfloat16, "bf16", __VA_ARGS__)    \
   FLASH_WGMMA(__half, "f16", __VA_ARGS__)
+FLASH_WGMMA_BOTH(32, 16, 16, 17, 18, 19, 20, 21, 22)
 FLASH_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36, 37, 38)
 FLASH_WGMMA_BOTH(80, 40, 40, 41, 42, 43, 44, 45, 46)
 FLASH_WGMMA_BOTH(96, 48, 48, 49, 50, 51, 52, 53, 54)
