@@ -169,14 +169,9 @@ int64_t backward_workspace_bytes(const BackwardParams& p, int) {
 
 void backward_sm90(const KernelSpec& spec, const BackwardParams& p, void* workspace, void* stream) {
   dispatch_value<64, 96, 128, 192, 256>("head_dim", spec.head_dim, [&]<int kHeadDim> {
-    if constexpr (kHeadDim <= 128) {
-      dispatch_value<Variant::kPlain, Variant::kGeneral>(
-          "variant", spec.variant, [&]<Variant kVariant> {
-            sm90::launch_backward<kHeadDim, kVariant>(p, workspace, stream);
-          });
-    } else {
-      sm90::launch_backward<kHeadDim, Variant::kPlain>(p, workspace, stream);
-    }
+    dispatch_value<Variant::kPlain, Variant::kGeneral>(
+        "variant", spec.variant,
+        [&]<Variant kVariant> { sm90::launch_backward<kHeadDim, kVariant>(p, workspace, stream); });
   });
 }
 

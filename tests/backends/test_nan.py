@@ -15,9 +15,9 @@ NAN, INF = math.nan, math.inf
 def make(request, backend):
     """Inputs (q, k, v, dout) of the case, fresh each time."""
 
-    def inputs():
+    def inputs(dim=DIM):
         def normal(size):
-            return torch.randn(BATCH, HEADS, size, DIM, dtype=request.param, device=backend.device)
+            return torch.randn(BATCH, HEADS, size, dim, dtype=request.param, device=backend.device)
 
         return normal(SIZE_Q), normal(SIZE_K), normal(SIZE_K), normal(SIZE_Q)
 
@@ -32,7 +32,7 @@ def forward_backward(backend, poisoned, q, k, v, dout, **options):
         bias = bias.detach().requires_grad_()
         leaves.append(bias)
     with poisoned():
-        out, lse = backend.attention(*leaves[:3], bias=bias, scale=DIM**-0.5, **options)
+        out, lse = backend.attention(*leaves[:3], bias=bias, scale=q.shape[-1] ** -0.5, **options)
         return (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout))
 
 
@@ -49,9 +49,10 @@ def padding(device, lengths=(50, 64)):
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize("kind", ["mask", "bias"])
-def test_padded_keys_do_not_leak(backend, poisoned, make, kind, bad):
+@pytest.mark.parametrize("dim", [64, 192, 256])
+def test_padded_keys_do_not_leak(backend, poisoned, make, dim, kind, bad):
     """Keys that a column mask hides from every row may hold anything, in K and in V."""
-    q, k, v, dout = make()
+    q, k, v, dout = make(dim)
     keep = padding(backend.device)
     options = {"mask": keep}
     if kind == "bias":

@@ -9,4 +9,11 @@ void launch_backward<256, Variant::kPlain>(const BackwardParams& p, void* worksp
   launch_separate<SeparateTileD256>(p, plan, workspace, stream);
 }
 
+template <>
+void launch_backward<256, Variant::kGeneral>(const BackwardParams& p, void* workspace,
+                                             void* stream) {
+  const BackwardPlan plan = make_backward_plan(p);
+  launch_separate<SeparateTileD256General, Variant::kGeneral>(p, plan, workspace, stream);
+}
+
 }  // namespace flash::cuda::sm90

@@ -40,17 +40,18 @@ FLASH_DEVICE bool publish_tile(Shared& shared, Ring<2>& slot, int index, int num
   return index < num_tiles;
 }
 
-/// General variant: keys that one query head attends and another does not are loaded for each.
+/// General variant: keys that one query head attends and another does not are loaded for each,
+/// where dQ = dS K would see what lies there.
 template <class Traits>
 FLASH_DEVICE bool reloads_keys(const BackwardParams& p) {
-  return Traits::kGeneral && has_unattended_keys(p);
+  return Traits::kGeneral && Traits::kSumsDq && has_unattended_keys(p);
 }
 
 /// A tile of a bias or mask, if there are any.
 template <class Traits>
 FLASH_DEVICE void load_pairs(const PairTiles& pairs, typename Traits::SharedStorage& shared,
-                             Ring<Traits::kPairStages>& ring, const BackwardTileId& tile, int head,
-                             int m_block) {
+                             Ring<Traits::kPairStages>& ring, int m_block, int n_block, int head,
+                             int batch) {
   if (pairs.kind == PairKind::kNone) return;
   uint64_t* const full = &shared.pairs.full[ring.stage];
   const auto load = [&]<class T>(T) {
@@ -59,8 +60,8 @@ FLASH_DEVICE void load_pairs(const PairTiles& pairs, typename Traits::SharedStor
 #pragma unroll
     for (int box = 0; box < Layout::kBoxes; ++box)
       ptx::tma_load_4d(shared_address(shared.pairs.tile[ring.stage]) + box * Layout::kBoxBytes,
-                       pairs.map, full, tile.n_block * Traits::kBlockN + box * Layout::kBoxCols,
-                       m_block * Traits::kBlockM, head, tile.batch, ptx::kEvictFirst);
+                       pairs.map, full, n_block * Traits::kBlockN + box * Layout::kBoxCols,
+                       m_block * Traits::kBlockM, head, batch, ptx::kEvictFirst);
   };
   ptx::mbarrier_wait(&shared.pairs.empty[ring.stage], ring.parity ^ 1);
   if (pairs.kind == PairKind::kBias)
@@ -109,8 +110,6 @@ FLASH_DEVICE void load_backward_tiles(const BackwardMaps& maps, const BackwardPa
                            schedule.lse_log2 + rows + row, kBlockM * 4, q_full);
           queries.advance();
         }
-        if constexpr (Traits::kGeneral)
-          load_pairs<Traits>(maps.pairs, shared, pair_ring, tile, head, m_block);
         uint64_t* dout_full = &shared.dout_full[ring.stage];
         ptx::mbarrier_wait(&shared.dout_empty[ring.stage], ring.parity ^ 1);
         ptx::mbarrier_expect_bytes(dout_full, kBlockM * (kRowBytesV + 4));
@@ -119,6 +118,9 @@ FLASH_DEVICE void load_backward_tiles(const BackwardMaps& maps, const BackwardPa
         ptx::bulk_load(shared_address(shared.delta[ring.stage]), schedule.delta + rows + row,
                        kBlockM * 4, dout_full);
         ring.advance();
+        if constexpr (Traits::kGeneral)
+          load_pairs<Traits>(maps.pairs, shared, pair_ring, m_block, tile.n_block, head,
+                             tile.batch);
         if (!is_first) continue;
         ptx::mbarrier_wait(&shared.v_empty, kv_parity);
         ptx::mbarrier_expect_bytes(&shared.v_full, kBlockN * kRowBytesV);

@@ -134,7 +134,13 @@ struct BackwardScores {
       }
     }
     const auto value = [](float weight, float dp, float d) {
-      return weight == 0.f ? 0.f : fabsf(weight) * (dp - d);
+      // Not "?": the compiler would branch around the product, and serialise those of wgmma
+      // (C7511).
+      float value = fabsf(weight) * (dp - d);
+      asm("{ .reg .pred p; setp.eq.f32 p, %1, 0f00000000; selp.f32 %0, 0f00000000, %0, p; }"
+          : "+f"(value)
+          : "f"(weight));
+      return value;
     };
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j) {
@@ -145,6 +151,11 @@ struct BackwardScores {
       accdP[4 * j + 2] = value(high.x, accdP[4 * j + 2], d.z);
       accdP[4 * j + 3] = value(high.y, accdP[4 * j + 3], d.w);
     }
+  }
+  /// Two weights times their slopes: dS is linear in P.
+  FLASH_DEVICE static uint32_t scaled(uint32_t weights, uint32_t slopes) {
+    const float2 weight = unpack<Element>(weights), slope = unpack<__half>(slopes);
+    return pack<Element>(weight.x * slope.x, weight.y * slope.y);
   }
   /// dL/d(score) -> dL/d(scale q.k), by the slopes of modify().
   template <int kCount>

@@ -6,10 +6,13 @@
 //   warpgroup 2:  dK += dS^T Q of the last block;  dP = V dO^T, dS = P o (dP - delta)
 // One is at its arithmetic while the other's products run: P, which 1 makes and 2 waits for, keeps
 // them half a step apart. P goes from thread to thread: both hold the same elements of a block.
+// General variant: 1 makes the scores and hands over P o slope, negative where dropped; dS, which
+// is linear in P, needs no more.
 #pragma once
 
 #include "cuda/sm90/backward_load.cuh"
 #include "cuda/sm90/backward_mma.cuh"
+#include "cuda/sm90/backward_scores.cuh"
 #include "cuda/sm90/backward_separate_traits.cuh"
 #include "primitives/ptx/ldmatrix.cuh"
 
@@ -83,15 +86,24 @@ struct KeysCompute {
   int p_parity = 0;
   int key;           // first of this thread's two
   KeptColumns kept;  // queries that they keep
+  // General variant:
+  const BackwardMaps& maps;
+  const bool hides_keys;  // kept is of one query head
+  Ring<Traits::kPairStages> pair_ring;
+  BackwardScores<Traits, BlockRows::kKeys> scores;
 
-  FLASH_DEVICE KeysCompute(const BackwardParams& params, const BackwardSchedule& s, Shared& storage)
+  FLASH_DEVICE KeysCompute(const BackwardMaps& tensors, const BackwardParams& params,
+                           const BackwardSchedule& s, Shared& storage)
       : p(params),
         schedule(s),
         shared(storage),
         lane(threadIdx.x & 31),
         warp(warp_uniform((threadIdx.x >> 5) & 3)),
         scale_log2(static_cast<float>(params.softmax_scale * 1.4426950408889634)),
-        p_at(shared_address(storage.p) + (threadIdx.x & 127) * 16) {}
+        p_at(shared_address(storage.p) + (threadIdx.x & 127) * 16),
+        maps(tensors),
+        hides_keys(Traits::kGeneral && has_unattended_keys(params)),
+        scores{params} {}
 
   FLASH_DEVICE void release(uint64_t* barrier) const {  // one arrival per warp
     __syncwarp();
@@ -150,14 +162,52 @@ struct KeysCompute {
     ptx::wgmma_wait<0>();
     ptx::pin(accS), ptx::pin(held);
     if (is_last) release(&shared.k_empty);
-    if (is_masked) mask_scores<kBlockM>(kept, accS, m_block);
-    probabilities<kBlockM>(accS, scale_log2, shared.lse_log2[queries.stage]);
+    if constexpr (Traits::kGeneral) {
+      make_general_weights(accS, m_block, is_masked);
+    } else {
+      if (is_masked) mask_scores<kBlockM>(kept, accS, m_block);
+      probabilities<kBlockM>(accS, scale_log2, shared.lse_log2[queries.stage]);
+#pragma unroll
+      for (int i = 0; i < kParts; ++i, queries.advance()) release(&shared.q_empty[queries.stage]);
+      to_fragment<Element>(fragment, accS);
+      put_weights(fragment);
+    }
+  }
+  /// P^T, and to shared memory P^T o slope, negative where dropped.
+  FLASH_DEVICE void make_general_weights(float (&accS)[kBlockM / 2], int m_block, bool is_masked) {
+    uint32_t slopes[kBlockM / 4];
+    const int query = m_block * kBlockM + (lane & 3) * 2;
+    const bool is_staged = maps.pairs.kind != PairKind::kNone;
+    if (is_staged) ptx::mbarrier_wait(&shared.pairs.full[pair_ring.stage], pair_ring.parity);
+    scores.modify(
+        accS, key, query,
+        {maps.pairs.kind, shared_address(shared.pairs.tile[pair_ring.stage]), warp * 16, 0},
+        [&](int j, const uint32_t (&of_block)[8]) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) slopes[8 * j + i] = of_block[i];
+        });
+    if (is_staged) {
+      release(&shared.pairs.empty[pair_ring.stage]);
+      pair_ring.advance();
+    }
+    if (is_masked || hides_keys) mask_scores<kBlockM>(kept, accS, m_block);
+    scores.weights(fragment, accS, ColumnValues(shared.lse_log2[queries.stage]));
 #pragma unroll
     for (int i = 0; i < kParts; ++i, queries.advance()) release(&shared.q_empty[queries.stage]);
-    to_fragment<Element>(fragment, accS);
+    if (scores.has_dropout()) scores.mark_dropped(fragment, key, query);
+    if (scores.has_slopes()) {
+#pragma unroll
+      for (int i = 0; i < kBlockM / 4; ++i) slopes[i] = scores.scaled(fragment[i], slopes[i]);
+      put_weights(slopes);
+    } else {
+      put_weights(fragment);
+    }
+    if (scores.has_dropout()) scores.drop_marked(fragment);
+  }
+  FLASH_DEVICE void put_weights(const uint32_t (&weights)[kBlockM / 4]) const {
     ptx::mbarrier_wait(&shared.p_empty, p_parity ^ 1);
 #pragma unroll
-    for (int i = 0; i < kBlockM / 16; ++i) ptx::store_shared_v4(p_at + i * 2048, &fragment[4 * i]);
+    for (int i = 0; i < kBlockM / 16; ++i) ptx::store_shared_v4(p_at + i * 2048, &weights[4 * i]);
     release(&shared.p_full);
   }
 
@@ -177,8 +227,13 @@ struct KeysCompute {
     for (int i = 0; i < kBlockM / 16; ++i) {
       uint32_t rP[4];
       ptx::load_shared_v4(rP, p_at + i * 2048);
-      scores_gradient_16<Element, 16>(rP, reinterpret_cast<float (&)[8]>(accdP[8 * i]),
-                                      shared.delta[dout.stage] + 16 * i);
+      float (&part)[8] = reinterpret_cast<float (&)[8]>(accdP[8 * i]);
+      const float* delta = shared.delta[dout.stage] + 16 * i;
+      if constexpr (Traits::kGeneral) {
+        scores.gradient(rP, part, ColumnValues(delta));
+      } else {
+        scores_gradient_16<Element, 16>(rP, part, delta);
+      }
     }
     release(&shared.p_empty);
     release(&shared.dout_empty[dout.stage]);
@@ -205,16 +260,32 @@ struct KeysCompute {
     int m_block = begin;
     step</*kIsFirst=*/true>(m_block, m_block < full_begin || m_block >= full_end, is_last(m_block));
     ++m_block;
-    if constexpr (kMakesDv) {
+    if constexpr (kMakesDv && !Traits::kGeneral) {  // general: one loop, for its code is long
 #pragma unroll 1
       for (; m_block < full_begin; ++m_block) step<false>(m_block, true, is_last(m_block));
 #pragma unroll 1
       for (; m_block < full_end; ++m_block) step<false>(m_block, false, is_last(m_block));
     }
 #pragma unroll 1
-    for (; m_block < end; ++m_block) step<false>(m_block, true, is_last(m_block));
+    for (; m_block < end; ++m_block)
+      step<false>(m_block, !Traits::kGeneral || m_block < full_begin || m_block >= full_end,
+                  is_last(m_block));
     issue_gradient();
     finish_gradient<0>();
+  }
+
+  /// Query head g of a tile. A key that it does not attend keeps nothing, whatever lies there.
+  FLASH_DEVICE void begin_head(const BackwardTileId& tile, int g) {
+    scores.batch = to_uniform(tile.batch);
+    scores.head = to_uniform(tile.head_k * p.gqa_ratio() + g);
+    scores.seqlen_q = to_uniform(tile.q.length), scores.seqlen_k = to_uniform(tile.k.length);
+    if (!hides_keys) return;
+    kept = KeptColumns(p.mask_of(tile.q, tile.k).transposed(), key);
+    const AttendedKeys<Element, Variant::kGeneral> attended{p.features.score_mod, scores.batch,
+                                                            scores.head};
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (key + 8 * r < scores.seqlen_k && !attended(key + 8 * r)) kept.of_row[r] = {0, 0};
   }
 
   FLASH_DEVICE void run() {
@@ -231,11 +302,15 @@ struct KeysCompute {
         kv_parity ^= 1;
         hold_rows<kHeld, kBlockN>(held, kMakesDv ? shared.k : shared.v, warp);
 #pragma unroll 1
-        for (int g = 0; g < p.gqa_ratio(); ++g) run_head(tile, g + 1 == p.gqa_ratio());
+        for (int g = 0; g < p.gqa_ratio(); ++g) {
+          if constexpr (Traits::kGeneral && kMakesDv) begin_head(tile, g);
+          run_head(tile, g + 1 == p.gqa_ratio());
+        }
       }
       const Sequence rows = Sequence::of(p.k_layout, tile.batch);  // tile.k, not kept for so long
+      const float dv_scale = Traits::kGeneral ? scores.dropout_scale() : 1.f;
       store_rows<Element, kColumns>(kMakesDv ? p.dv : p.dk, rows, tile.head_k, acc,
-                                    kMakesDv ? 1.f : static_cast<float>(p.softmax_scale), key,
+                                    kMakesDv ? dv_scale : static_cast<float>(p.softmax_scale), key,
                                     kMakesDv ? p.head_dim_v : p.head_dim);
     }
   }
@@ -262,6 +337,12 @@ FLASH_DEVICE void init_keys_barriers(typename Traits::SharedStorage& shared) {
     ptx::mbarrier_init(&shared.tile_full[i], 1);
     ptx::mbarrier_init(&shared.tile_empty[i], Traits::kMmaWarps);
   }
+  if constexpr (Traits::kGeneral) {
+    for (int i = 0; i < Traits::kPairStages; ++i) {
+      ptx::mbarrier_init(&shared.pairs.full[i], 1);
+      ptx::mbarrier_init(&shared.pairs.empty[i], kOneWarpgroup);  // the one that makes P
+    }
+  }
   ptx::mbarrier_init_fence();
 }
 
@@ -283,11 +364,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       load_backward_tiles<Traits>(maps, p, schedule, shared);
     }
   } else if (warpgroup == 1) {
-    ptx::grow_registers<Traits::kMmaRegisters>();
-    KeysCompute<Traits, KeyGradient::kValues>(p, schedule, shared).run();
+    ptx::grow_registers<Traits::kValuesRegisters>();
+    KeysCompute<Traits, KeyGradient::kValues>(maps, p, schedule, shared).run();
   } else {
-    ptx::grow_registers<Traits::kMmaRegisters>();
-    KeysCompute<Traits, KeyGradient::kKeys>(p, schedule, shared).run();
+    ptx::grow_registers<Traits::kKeysRegisters>();
+    KeysCompute<Traits, KeyGradient::kKeys>(maps, p, schedule, shared).run();
   }
 }
 

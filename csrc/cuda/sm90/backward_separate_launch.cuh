@@ -9,14 +9,15 @@ namespace flash::cuda::sm90 {
 
 /// Gradients that are not wanted are not computed. The CTAs of queries_kernel start as those of
 /// keys_kernel end: it needs nothing of them.
-template <class Element, class Tile>
+template <class Element, class Tile, Variant kVariant>
 void launch_separate_element(const BackwardParams& p, const BackwardPlan& plan, void* workspace,
                              void* stream) {
-  using Keys = KeysTraits<Element, Tile>;
-  using Queries = QueriesTraits<Element, Tile>;
+  using Keys = KeysTraits<Element, Tile, kVariant>;
+  using Queries = QueriesTraits<Element, Tile, kVariant>;
   BackwardSchedule schedule = make_backward_schedule(plan, /*deterministic=*/false, workspace);
   const int heads = p.batch * p.num_heads;
   schedule.num_m_blocks = plan.num_m_blocks * (Queries::kBlockM / Keys::kBlockM);
+  if constexpr (Keys::kGeneral) clear_bias_gradient(p, stream);
   launch(prepare_kernel<Keys>, int64_t{heads} * schedule.num_m_blocks, 256, 0, stream, p, schedule);
   const int sms = num_multiprocessors();
   const bool wants_keys = plan.num_tiles > 0 && (p.dk.data || p.dv.data);
@@ -24,7 +25,7 @@ void launch_separate_element(const BackwardParams& p, const BackwardPlan& plan, 
     launch_early(keys_kernel<Keys>, std::min(plan.num_tiles, sms), Keys::kThreads,
                  sizeof(typename Keys::SharedStorage), stream, make_backward_maps<Keys>(p), p,
                  schedule);
-  if (!p.dq.data) return;
+  if (!p.dq.data && !(Queries::kGeneral && writes_bias_gradient(p))) return;
   schedule.num_m_blocks = plan.num_m_blocks;
   schedule.num_tiles = heads * plan.num_m_blocks;
   const BackwardMaps maps = make_backward_maps<Queries>(p);
@@ -39,13 +40,13 @@ void launch_separate_element(const BackwardParams& p, const BackwardPlan& plan, 
   }
 }
 
-template <class Tile>
+template <class Tile, Variant kVariant = Variant::kPlain>
 void launch_separate(const BackwardParams& p, const BackwardPlan& plan, void* workspace,
                      void* stream) {
   if (p.dtype == DType::kBFloat16) {
-    launch_separate_element<__nv_bfloat16, Tile>(p, plan, workspace, stream);
+    launch_separate_element<__nv_bfloat16, Tile, kVariant>(p, plan, workspace, stream);
   } else {
-    launch_separate_element<__half, Tile>(p, plan, workspace, stream);
+    launch_separate_element<__half, Tile, kVariant>(p, plan, workspace, stream);
   }
 }
 

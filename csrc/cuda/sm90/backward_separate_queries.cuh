@@ -5,10 +5,13 @@
 //   dS(n) = P o (dP - delta), an A fragment without leaving the registers
 // K(n - 1) is given back first: at head dim 256, K has two stages and V one. Each warpgroup's
 // arithmetic is hidden by the other's products.
+// General variant: P in 16 bits, negative where dropped; dS may leave as dbias; a warp zeroes rows
+// of K that nobody attends.
 #pragma once
 
 #include "cuda/sm90/backward_load.cuh"
 #include "cuda/sm90/backward_mma.cuh"
+#include "cuda/sm90/backward_scores.cuh"
 #include "cuda/sm90/backward_separate_traits.cuh"
 
 namespace flash::cuda::sm90 {
@@ -37,6 +40,7 @@ FLASH_DEVICE void load_query_tiles(const BackwardMaps& maps, const BackwardParam
   constexpr int kChunks = Traits::kChunks, kChunksV = Traits::kChunksV;
   Ring<Traits::kKeyStages> keys;
   Ring<Traits::kValueStages> values;
+  Ring<Traits::kPairStages> pair_ring;
   Ring<2> slot;
   int q_parity = 1;
   for (int index = blockIdx.x; publish_tile(shared, slot, index, schedule.num_tiles);
@@ -75,6 +79,35 @@ FLASH_DEVICE void load_query_tiles(const BackwardMaps& maps, const BackwardParam
       load_rows<kChunksV>(maps.v, shared.v[values.stage], v_full, kBlockN, tile.k,
                           n_block * kBlockN, head_k, ptx::kEvictLast);
       values.advance();
+      if constexpr (Traits::kGeneral)
+        load_pairs<Traits>(maps.pairs, shared, pair_ring, tile.m_block, n_block, tile.head,
+                           tile.batch);
+    }
+  }
+}
+
+/// One warp, general variant. Every block of K between the load and the products: rows of keys that
+/// nobody attends become 0, or dQ = dS K would see what lies there. dS itself is 0 where P is.
+template <class Traits>
+FLASH_DEVICE void clean_key_blocks(const BackwardParams& p, const BackwardSchedule& schedule,
+                                   typename Traits::SharedStorage& shared) {
+  Ring<Traits::kKeyStages> keys;
+  Ring<2> slot;
+  const int lane = threadIdx.x % 32;
+  for (int index; (index = next_tile(shared, slot)) >= 0;) {
+    const QueryTileId tile = query_tile<Traits>(p, schedule.num_m_blocks, index);
+    const AttendedKeys<typename Traits::Element, Variant::kGeneral> attended{p.features.score_mod,
+                                                                             tile.batch, tile.head};
+    for (int n_block = tile.visit.begin; n_block < tile.visit.end; ++n_block, keys.advance()) {
+      ptx::mbarrier_wait(&shared.k_full[keys.stage], keys.parity);
+      for (int row = lane; row < Traits::kBlockN; row += 32) {
+        const int key = n_block * Traits::kBlockN + row;
+        if (key < tile.k.length && !attended(key))
+          clear_row<Traits::kBlockN, Traits::kChunks>(shared.k[keys.stage], row);
+      }
+      ptx::fence_proxy_async();  // before wgmma reads the zeros
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(&shared.k_clean[keys.stage]);
     }
   }
 }
@@ -92,18 +125,23 @@ struct QueriesCompute {
   const int lane, warp, warpgroup;
   const float scale_log2;
   uint32_t sQ, sdO;
+  uint64_t* const k_ready;
 
   float accdQ[kHeadDim / 2];
   uint32_t rdS[kBlockN / 4];
-  float lse_log2[2], delta[2];  // of this thread's two rows
+  float lse_log2[2], delta[2];  // of this thread's two rows; general variant: lse in units of 1
   Ring<Traits::kKeyStages> keys, previous;
   Ring<Traits::kValueStages> values;
   int row;           // the first of them
   KeptColumns kept;  // keys that they keep
   int q_parity = 0;
+  // General variant:
+  const BackwardMaps& maps;
+  Ring<Traits::kPairStages> pair_ring;
+  BackwardScores<Traits, BlockRows::kQueries> scores;
 
-  FLASH_DEVICE QueriesCompute(const BackwardParams& params, const BackwardSchedule& s,
-                              Shared& storage, int warpgroup_index)
+  FLASH_DEVICE QueriesCompute(const BackwardMaps& tensors, const BackwardParams& params,
+                              const BackwardSchedule& s, Shared& storage, int warpgroup_index)
       : p(params),
         schedule(s),
         shared(storage),
@@ -112,7 +150,10 @@ struct QueriesCompute {
         warpgroup(to_uniform(warpgroup_index)),
         scale_log2(static_cast<float>(params.softmax_scale * 1.4426950408889634)),
         sQ(shared_address(storage.q) + warpgroup * 64 * 128),
-        sdO(shared_address(storage.dout) + warpgroup * 64 * 128) {}
+        sdO(shared_address(storage.dout) + warpgroup * 64 * 128),
+        k_ready(Traits::kGeneral && has_unattended_keys(params) ? storage.k_clean : storage.k_full),
+        maps(tensors),
+        scores{params} {}
 
   FLASH_DEVICE void release(uint64_t* barrier) const {  // one arrival per warp
     __syncwarp();
@@ -149,7 +190,7 @@ struct QueriesCompute {
     } else {
       issue_dq();
     }
-    ptx::mbarrier_wait(&shared.k_full[keys.stage], keys.parity);
+    ptx::mbarrier_wait(&k_ready[keys.stage], keys.parity);
     issue_rows_by_rows<Element, kHeadDim, kBlockM, kBlockN>(accS, sQ, shared.k[keys.stage]);
     if constexpr (kIsFirst) {
       meet_rows(&shared.dout_full, shared.delta, delta);
@@ -163,20 +204,65 @@ struct QueriesCompute {
     ptx::wgmma_wait<1>();
     ptx::pin(accS);
     if (is_last) release(&shared.q_empty);
-    if (is_masked) mask_scores<kBlockN>(kept, accS, n_block);
+    const auto meet_dp = [&] {
+      ptx::wgmma_wait<0>();
+      ptx::pin(accdP);
+      release(&shared.v_empty[values.stage]);
+      if (is_last) release(&shared.dout_empty);
+    };
+    if constexpr (Traits::kGeneral) {
+      general_gradient(accS, accdP, n_block, is_masked, meet_dp);
+    } else {
+      if (is_masked) mask_scores<kBlockN>(kept, accS, n_block);
 #pragma unroll
-    for (int i = 0; i < kBlockN / 2; ++i) {  // cut at 0: see probabilities()
-      const float exponent = fmaf(accS[i], scale_log2, -lse_log2[i / 2 % 2]);
-      accS[i] = exp2_approx(min_or_nan(exponent, 0.f));
+      for (int i = 0; i < kBlockN / 2; ++i) {  // cut at 0: see probabilities()
+        const float exponent = fmaf(accS[i], scale_log2, -lse_log2[i / 2 % 2]);
+        accS[i] = exp2_approx(min_or_nan(exponent, 0.f));
+      }
+      meet_dp();
+#pragma unroll
+      for (int i = 0; i < kBlockN / 2; ++i) accdP[i] = accS[i] * (accdP[i] - delta[i / 2 % 2]);
     }
-    ptx::wgmma_wait<0>();
-    ptx::pin(accdP);
-    release(&shared.v_empty[values.stage]);
-    if (is_last) release(&shared.dout_empty);
-#pragma unroll
-    for (int i = 0; i < kBlockN / 2; ++i) accdP[i] = accS[i] * (accdP[i] - delta[i / 2 % 2]);
     to_fragment<Element>(rdS, accdP);
     advance();
+  }
+
+  /// dS in place of dP, which meet_dp() waits for; and dbias, if it is dS.
+  template <class F>
+  FLASH_DEVICE void general_gradient(float (&accS)[kBlockN / 2], float (&accdP)[kBlockN / 2],
+                                     int n_block, bool is_masked, F&& meet_dp) {
+    uint32_t rP[kBlockN / 4], slopes[kBlockN / 4];
+    const int column = n_block * kBlockN + (lane & 3) * 2;
+    const bool is_staged = maps.pairs.kind != PairKind::kNone;
+    if (is_staged) ptx::mbarrier_wait(&shared.pairs.full[pair_ring.stage], pair_ring.parity);
+    scores.modify(accS, row, column,
+                  {maps.pairs.kind, shared_address(shared.pairs.tile[pair_ring.stage]),
+                   warpgroup * 64 + warp * 16 + lane / 4, 0},
+                  [&](int j, const uint32_t (&of_block)[8]) {
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) slopes[8 * j + i] = of_block[i];
+                  });
+    if (is_staged) {
+      release(&shared.pairs.empty[pair_ring.stage]);
+      pair_ring.advance();
+    }
+    if (is_masked) mask_scores<kBlockN>(kept, accS, n_block);
+    scores.weights(rP, accS, RowValues{lse_log2});
+    if (scores.has_dropout()) scores.mark_dropped(rP, row, column);
+    meet_dp();
+    scores.gradient(rP, accdP, RowValues{delta});
+    if (maps.has_dbias) store_bias_gradient(accdP, n_block);
+    if (scores.has_slopes()) scores.through_slopes(accdP, slopes);
+  }
+
+  /// dbias of a block is its dS. Pairs outside of the sequences are 0, or cleared before.
+  FLASH_DEVICE void store_bias_gradient(const float (&accdS)[kBlockN / 2], int n_block) const {
+    const int64_t row_stride = p.k_layout.max, head_stride = row_stride * p.q_layout.max;
+    const TensorView dbias{static_cast<uint16_t*>(p.dbias) + n_block * kBlockN,
+                           head_stride * p.num_heads, head_stride, row_stride};
+    const Sequence rows{0, scores.batch, scores.seqlen_q};
+    store_rows<Element, kBlockN>(dbias, rows, scores.head, accdS, 1.f, row,
+                                 p.k_layout.max - n_block * kBlockN);
   }
 
   /// All blocks of keys of the tile: masked, full, masked, as this warpgroup's rows see them. A
@@ -189,15 +275,23 @@ struct QueriesCompute {
     const int full_begin = to_uniform(full.begin), full_end = to_uniform(full.end);
     const int end = to_uniform(tile.visit.end);
     int n_block = to_uniform(tile.visit.begin);
+    if constexpr (Traits::kGeneral) {
+      scores.batch = to_uniform(tile.batch), scores.head = to_uniform(tile.head);
+      scores.seqlen_q = to_uniform(tile.q.length), scores.seqlen_k = to_uniform(tile.k.length);
+    }
     step</*kIsFirst=*/true>(n_block, n_block < full_begin || n_block >= full_end,
                             n_block + 1 == end);
     ++n_block;
+    if constexpr (!Traits::kGeneral) {  // its code is long: one loop
 #pragma unroll 1
-    for (; n_block < full_begin; ++n_block) step<false>(n_block, true, n_block + 1 == end);
+      for (; n_block < full_begin; ++n_block) step<false>(n_block, true, n_block + 1 == end);
 #pragma unroll 1
-    for (; n_block < full_end; ++n_block) step<false>(n_block, false, n_block + 1 == end);
+      for (; n_block < full_end; ++n_block) step<false>(n_block, false, n_block + 1 == end);
+    }
 #pragma unroll 1
-    for (; n_block < end; ++n_block) step<false>(n_block, true, n_block + 1 == end);
+    for (; n_block < end; ++n_block)
+      step<false>(n_block, !Traits::kGeneral || n_block < full_begin || n_block >= full_end,
+                  n_block + 1 == end);
     issue_dq();
     ptx::wgmma_wait<0>();
     finish_dq();
@@ -221,7 +315,7 @@ struct QueriesCompute {
 };
 
 template <class Traits>
-FLASH_DEVICE void init_queries_barriers(typename Traits::SharedStorage& shared) {
+FLASH_DEVICE void init_queries_barriers(typename Traits::SharedStorage& shared, bool cleans_keys) {
   ptx::mbarrier_init(&shared.q_full, 1);
   ptx::mbarrier_init(&shared.q_empty, Traits::kMmaWarps);  // one lane of each arrives
   ptx::mbarrier_init(&shared.dout_full, 1);
@@ -229,6 +323,7 @@ FLASH_DEVICE void init_queries_barriers(typename Traits::SharedStorage& shared) 
   for (int i = 0; i < Traits::kKeyStages; ++i) {
     ptx::mbarrier_init(&shared.k_full[i], 1);
     ptx::mbarrier_init(&shared.k_empty[i], Traits::kMmaWarps);
+    ptx::mbarrier_init(&shared.k_clean[i], 1);
   }
   for (int i = 0; i < Traits::kValueStages; ++i) {
     ptx::mbarrier_init(&shared.v_full[i], 1);
@@ -236,7 +331,13 @@ FLASH_DEVICE void init_queries_barriers(typename Traits::SharedStorage& shared) 
   }
   for (int i = 0; i < 2; ++i) {
     ptx::mbarrier_init(&shared.tile_full[i], 1);
-    ptx::mbarrier_init(&shared.tile_empty[i], Traits::kMmaWarps);
+    ptx::mbarrier_init(&shared.tile_empty[i], Traits::kMmaWarps + cleans_keys);
+  }
+  if constexpr (Traits::kGeneral) {
+    for (int i = 0; i < Traits::kPairStages; ++i) {
+      ptx::mbarrier_init(&shared.pairs.full[i], 1);
+      ptx::mbarrier_init(&shared.pairs.empty[i], Traits::kMmaWarps);
+    }
   }
   ptx::mbarrier_init_fence();
 }
@@ -248,7 +349,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                    const __grid_constant__ BackwardSchedule schedule) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(raw);
-  if (threadIdx.x == 0) init_queries_barriers<Traits>(shared);
+  const bool cleans_keys = Traits::kGeneral && has_unattended_keys(p);
+  if (threadIdx.x == 0) init_queries_barriers<Traits>(shared, cleans_keys);
   __syncthreads();  // barriers exist before any role touches them
 
   const int warpgroup = warp_uniform(threadIdx.x >> 7);
@@ -258,9 +360,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       load_query_tiles<Traits>(maps, p, schedule, shared);
       ptx::wait_for_previous_grid();  // so that this grid ends after keys_kernel
     }
+    if constexpr (Traits::kGeneral) {
+      if (warp_uniform(threadIdx.x >> 5) == 1 && cleans_keys)
+        clean_key_blocks<Traits>(p, schedule, shared);
+    }
   } else {
     ptx::grow_registers<Traits::kMmaRegisters>();
-    QueriesCompute<Traits>(p, schedule, shared, warpgroup - 1).run();
+    QueriesCompute<Traits>(maps, p, schedule, shared, warpgroup - 1).run();
   }
 }
 

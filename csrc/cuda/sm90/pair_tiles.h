@@ -21,7 +21,7 @@ struct PairTiles {
 template <class T, int kRows, int kCols>
 struct PairTileLayout {
   static constexpr int kPitch = kCols * sizeof(T) < 128 ? kCols * sizeof(T) : 128;
-  static_assert(kPitch == 64 || kPitch == 128, "the span of a swizzle");
+  static_assert(kPitch == 32 || kPitch == 64 || kPitch == 128, "the span of a swizzle");
   static constexpr int kBoxCols = kPitch / sizeof(T), kBoxes = kCols / kBoxCols;
   static constexpr int kBoxBytes = kRows * kPitch;
   static_assert(kCols % kBoxCols == 0 && kRows <= 256, "a box ends with the tile");

@@ -56,10 +56,6 @@ std::vector<std::string> why_forward_unsupported(const ForwardParams& p) {
 }
 std::vector<std::string> why_backward_unsupported(const ForwardParams& p) {
   std::vector<std::string> reasons = why_unsupported(p, backward_head_dim(p), 256);
-  if (p.variant() != Variant::kPlain && backward_head_dim(p) > 128)
-    reasons.push_back(
-        "a mask tensor, bias, ALiBi, softcap, sink, dropout or a scale that is not positive is "
-        "set, and a head dim is larger than 128");
   // Sums of dQ and rows of lse have room for the longest sequence in place of every one.
   const int64_t padded_rows = int64_t{p.q_layout.max} * p.num_heads * p.batch;
   if (is_ragged(p) && padded_rows * backward_head_dim(p) * 4 > kMostRaggedBytes)
@@ -84,10 +80,10 @@ bool gradients_are_aligned(const BackwardParams& p) {
 
 bool writes_bias_gradient(const BackwardParams& p) {
   const int (&shape)[4] = p.bias_shape;
-  return p.dbias && backward_head_dim(p) <= 128 && !p.features.score_mod.bias_is_float32 &&
-         !p.features.score_mod.has_softcap() && shape[0] == p.batch && shape[1] == p.num_heads &&
-         shape[2] == p.q_layout.max && shape[3] == p.k_layout.max && shape[2] > 0 && shape[3] > 0 &&
-         shape[3] % 8 == 0 && reinterpret_cast<uintptr_t>(p.dbias) % 16 == 0;
+  return p.dbias && !p.features.score_mod.bias_is_float32 && !p.features.score_mod.has_softcap() &&
+         shape[0] == p.batch && shape[1] == p.num_heads && shape[2] == p.q_layout.max &&
+         shape[3] == p.k_layout.max && shape[2] > 0 && shape[3] > 0 && shape[3] % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(p.dbias) % 16 == 0;
 }
 
 int64_t forward_workspace_bytes(const ForwardParams&) { return sizeof(unsigned); }

@@ -55,7 +55,7 @@ bool has_sequence_bounds(const SequenceLayout& layout, const Shape& shape) {
 }
 
 /// Boxes of `box_cols` x `box_rows` elements, 1 in the other dimensions, in the swizzle that spans
-/// a row of the box: 64 or 128 bytes.
+/// a row of the box: 32, 64 or 128 bytes.
 template <size_t kDims>
 CUtensorMap encode(CUtensorMapDataType type, int element_bytes, const void* data,
                    const std::array<int64_t, kDims>& sizes,
@@ -68,8 +68,9 @@ CUtensorMap encode(CUtensorMapDataType type, int element_bytes, const void* data
   std::fill_n(box, kDims, 1);
   std::fill_n(steps, kDims, 1);
   box[0] = box_cols, box[1] = box_rows;
-  const auto swizzle =
-      box_cols * element_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
+  const auto swizzle = box_cols * element_bytes == 32   ? CU_TENSOR_MAP_SWIZZLE_32B
+                       : box_cols * element_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                        : CU_TENSOR_MAP_SWIZZLE_128B;
   CUtensorMap map;
   const CUresult result =
       encode_tiled()(&map, type, kDims, const_cast<void*>(data), dims, byte_strides, box, steps,
