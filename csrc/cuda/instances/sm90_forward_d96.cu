@@ -5,7 +5,8 @@ namespace flash::cuda::sm90 {
 
 template <>
 void launch_forward<96, Variant::kPlain>(const ForwardParams& p, void* workspace, void* stream) {
-  launch_forward_tile<96, TileD96>(p, workspace, stream);
+  if (p.k_layout.max > 1024) return launch_forward_tile<96, TileD96Long>(p, workspace, stream);
+  launch_forward_tile<96, TileD96Short>(p, workspace, stream);
 }
 
 template <>

@@ -6,8 +6,8 @@
 // Roles     warpgroup 0 gives its registers away: thread 0 loads Q, K, V by TMA,
 //           thread 32 stores O; general variant: warp 2 cleans K and V, thread 96
 //           loads tiles of a bias or mask; the others each own 64 rows: forward_mma.cuh.
-// Shared    Q: kQueryStages, K and V: kStages each, in the 128-byte swizzle that TMA
-//           writes and wgmma reads; O leaves through its rows of Q.
+// Shared    Q: kQueryStages; blocks of K and V: kStages in one ring or two; in the 128-byte
+//           swizzle that TMA writes and wgmma reads. O leaves through its rows of Q.
 // Barriers  full[stage]: the bytes of a tile have arrived; empty[stage]: every warp is
 //           done with it.
 // Overlap   softmax under products of the same and of the other warpgroups; prologue
@@ -31,12 +31,9 @@ FLASH_DEVICE void init_barriers(typename Traits::SharedStorage& shared) {
     for (auto& barrier : shared.o_full[i]) ptx::mbarrier_init(&barrier, 4);
   }
   for (int i = 0; i < Traits::kStages; ++i) {
-    ptx::mbarrier_init(&shared.k_full[i], 1);
-    ptx::mbarrier_init(&shared.k_empty[i], kMmaWarps);
-    ptx::mbarrier_init(&shared.v_full[i], 1);
-    ptx::mbarrier_init(&shared.v_empty[i], kMmaWarps);
-    ptx::mbarrier_init(&shared.k_clean[i], 1);
-    ptx::mbarrier_init(&shared.v_clean[i], 1);
+    ptx::mbarrier_init(&shared.kv_full[i], 1);
+    ptx::mbarrier_init(&shared.kv_empty[i], kMmaWarps);
+    ptx::mbarrier_init(&shared.kv_clean[i], 1);
   }
   if constexpr (Traits::kGeneral) {
     for (int i = 0; i < Traits::kPairStages; ++i) {

@@ -14,13 +14,12 @@ struct ForwardMaps {
   PairTiles pairs;         ///< general variant
 };
 
-/// Rows [block * rows, + rows) of one sequence and head: kChunks copies, counted on `full`.
-template <class Traits>
+/// Rows [block * rows, + rows) of one sequence and head: `chunks` copies, counted on `full`.
 FLASH_DEVICE void load_tile(const TmaTensor& tensor, uint16_t* tile, uint64_t* full, int rows,
-                            TmaRow first, int block, int head, uint64_t policy) {
-  ptx::mbarrier_expect_bytes(full, rows * Traits::kChunks * 128);
+                            int chunks, TmaRow first, int block, int head, uint64_t policy) {
+  ptx::mbarrier_expect_bytes(full, rows * chunks * 128);
 #pragma unroll
-  for (int c = 0; c < Traits::kChunks; ++c) {
+  for (int c = 0; c < chunks; ++c) {
     ptx::tma_load_5d(shared_address(tile) + c * rows * 128, tensor.map, full, c * 64,
                      first.row + block * rows, head, first.slice, tensor.wrap, policy);
   }
@@ -33,23 +32,40 @@ FLASH_DEVICE Range tile_key_blocks(const ForwardParams& p, const TileId& tile) {
   return key_blocks<Traits::kBlockN>(p.mask_of(tile.q, tile.k), row, Traits::kBlockM).visit;
 }
 
-/// One thread. Per tile: Q and its TileId, then K(last), {K(n - 1), V(n)} ...: V follows K by one
-/// block, as the consumers do. A tile that failed comes back here with its stage of Q, and is sent
-/// again. When the schedule is empty, every stage must still come back once before the end.
+/// keys(place, n) and values(place, n) for the blocks of a tile, in the order of the ring.
+template <class KeyValueRing, class Keys, class Values>
+FLASH_DEVICE void for_each_block(KeyValueRing& ring, Range blocks, Keys&& keys, Values&& values) {
+  for (int n = blocks.end - 1; n >= blocks.begin - 1; --n) {
+    const bool is_first = n == blocks.end - 1, is_last = n == blocks.begin - 1;
+    if (!is_last) keys(ring.keys(), n);
+    if (!is_first) values(is_last ? ring.last_values() : ring.values(), n + 1);
+  }
+}
+
+/// One thread. Per tile: Q and its TileId, then blocks of K and V. A tile that failed comes back
+/// here with its stage of Q, and is sent again. When the schedule is empty, every stage must still
+/// come back once before the end.
+///
+/// kKeysFirst: the only stage of Q is in use until the last block of the tile before; K(last) need
+/// not wait for it.
 template <class Traits>
 FLASH_DEVICE void load_tiles(const ForwardMaps& maps, const ForwardParams& p,
                              const ForwardSchedule& schedule,
                              typename Traits::SharedStorage& shared) {
   Ring<Traits::kQueryStages> q_ring;
-  Ring<Traits::kStages> ring;     // of K; V is one position behind
+  typename Traits::KeyValueRing ring;
   int pauses = 0;                 // since the last tile
   ptx::wait_for_previous_grid();  // every access to global memory follows from a load below
 
-  for (int index = blockIdx.x;;) {
+  const auto await_stage_of_q = [&] {
     ptx::mbarrier_wait(&shared.q_empty[q_ring.stage], q_ring.parity ^ 1);
+  };
+  for (int index = blockIdx.x;;) {
+    if (!Traits::kKeysFirst) await_stage_of_q();
     const int again = Traits::kMayRedo ? shared.failed[q_ring.stage] : -1;
     if (again < 0 && index >= schedule.num_tiles) {
       ptx::launch_next_grid();
+      if (Traits::kKeysFirst) await_stage_of_q();
       const bool stop = !Traits::kStoresThroughQ || pauses == Traits::kQueryStages - 1;
       shared.tile[q_ring.stage].m_block = stop ? TileId::kStop : TileId::kFinish;
       ptx::mbarrier_arrive(&shared.q_full[q_ring.stage]);
@@ -67,27 +83,31 @@ FLASH_DEVICE void load_tiles(const ForwardMaps& maps, const ForwardParams& p,
       shared.failed[q_ring.stage] = -1;
     }
     pauses = 0;
-    shared.tile[q_ring.stage] = tile;
-    load_tile<Traits>(maps.q, shared.q[q_ring.stage], &shared.q_full[q_ring.stage], Traits::kBlockM,
-                      maps.q.first_row(tile.q), tile.m_block, tile.head, ptx::kEvictFirst);
-    q_ring.advance();
+    const auto load_q = [&] {
+      shared.tile[q_ring.stage] = tile;
+      load_tile(maps.q, shared.q[q_ring.stage], &shared.q_full[q_ring.stage], Traits::kBlockM,
+                Traits::kChunks, maps.q.first_row(tile.q), tile.m_block, tile.head,
+                ptx::kEvictFirst);
+      q_ring.advance();
+    };
+    if (!Traits::kKeysFirst) load_q();
     const int head_k = tile.head / p.gqa_ratio();
     const TmaRow k_first = maps.k.first_row(tile.k), v_first = maps.v.first_row(tile.k);
     const Range blocks = tile_key_blocks<Traits>(p, tile);
-    for (int n = blocks.end - 1; n >= blocks.begin - 1; --n) {
-      if (n >= blocks.begin) {
-        ptx::mbarrier_wait(&shared.k_empty[ring.stage], ring.parity ^ 1);
-        load_tile<Traits>(maps.k, shared.k[ring.stage], &shared.k_full[ring.stage], Traits::kBlockN,
-                          k_first, n, head_k, ptx::kEvictLast);
-      }
-      if (n < blocks.end - 1) {
-        const Ring<Traits::kStages> v_ring = ring.before();
-        ptx::mbarrier_wait(&shared.v_empty[v_ring.stage], v_ring.parity ^ 1);
-        load_tile<Traits>(maps.v, shared.v[v_ring.stage], &shared.v_full[v_ring.stage],
-                          Traits::kBlockN, v_first, n + 1, head_k, ptx::kEvictLast);
-      }
-      if (n >= blocks.begin) ring.advance();
-    }
+    const auto load_block = [&](const TmaTensor& tensor, int chunks, TmaRow first, Place at,
+                                int n) {
+      ptx::mbarrier_wait(&shared.kv_empty[at.stage], at.parity ^ 1);
+      load_tile(tensor, shared.kv[at.stage], &shared.kv_full[at.stage], Traits::kBlockN, chunks,
+                first, n, head_k, ptx::kEvictLast);
+    };
+    const auto load_keys = [&](Place at, int n) {
+      load_block(maps.k, Traits::kChunks, k_first, at, n);
+      if (!Traits::kKeysFirst || n < blocks.end - 1) return;
+      await_stage_of_q();
+      load_q();
+    };
+    for_each_block(ring, blocks, load_keys,
+                   [&](Place at, int n) { load_block(maps.v, Traits::kChunksV, v_first, at, n); });
   }
 }
 
@@ -110,7 +130,7 @@ FLASH_DEVICE void store_tiles(const ForwardMaps& maps, typename Traits::SharedSt
     for (int warpgroup = 0; warpgroup < Traits::kMmaWarpgroups; ++warpgroup) {
       ptx::mbarrier_wait(&shared.o_full[ring.stage][warpgroup], parities >> ring.stage & 1);
 #pragma unroll
-      for (int c = 0; c < Traits::kChunks; ++c) {
+      for (int c = 0; c < Traits::kChunksV; ++c) {
         ptx::tma_store_5d(
             maps.out.map,
             shared_address(shared.q[ring.stage]) + (c * Traits::kBlockM + warpgroup * 64) * 128,
@@ -148,34 +168,23 @@ FLASH_DEVICE void follow_tiles(typename Traits::SharedStorage& shared, F&& f) {
 /// keys that nobody attends become 0.
 template <class Traits>
 FLASH_DEVICE void clean_keys(const ForwardParams& p, typename Traits::SharedStorage& shared) {
-  Ring<Traits::kStages> ring;  // of K; V is one position behind
+  typename Traits::KeyValueRing ring;
   const int lane = threadIdx.x % 32;
-  const auto clean = [&](uint16_t* rows, uint64_t* full, uint64_t* cleaned, int parity,
-                         const auto& keys, int first_key, int length) {
-    ptx::mbarrier_wait(full, parity);
-    for (int row = lane; row < Traits::kBlockN; row += 32) {
-      if (first_key + row >= length || keys(first_key + row)) continue;
-      clear_row<Traits::kBlockN, Traits::kChunks>(rows, row);
-    }
-    ptx::fence_proxy_async();  // before wgmma reads the zeros
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(cleaned);
-  };
   follow_tiles<Traits>(shared, [&](const TileId& tile) {
     const AttendedKeys<typename Traits::Element, Variant::kGeneral> keys{p.features.score_mod,
                                                                          tile.batch, tile.head};
-    const Range blocks = tile_key_blocks<Traits>(p, tile);
-    for (int n = blocks.end - 1; n >= blocks.begin - 1; --n) {
-      if (n >= blocks.begin)
-        clean(shared.k[ring.stage], &shared.k_full[ring.stage], &shared.k_clean[ring.stage],
-              ring.parity, keys, n * Traits::kBlockN, tile.k.length);
-      if (n < blocks.end - 1) {
-        const Ring<Traits::kStages> v_ring = ring.before();
-        clean(shared.v[v_ring.stage], &shared.v_full[v_ring.stage], &shared.v_clean[v_ring.stage],
-              v_ring.parity, keys, (n + 1) * Traits::kBlockN, tile.k.length);
+    const auto clean = [&](Place at, int n) {
+      ptx::mbarrier_wait(&shared.kv_full[at.stage], at.parity);
+      for (int row = lane; row < Traits::kBlockN; row += 32) {
+        const int key = n * Traits::kBlockN + row;
+        if (key >= tile.k.length || keys(key)) continue;
+        clear_row<Traits::kBlockN, Traits::kChunks>(shared.kv[at.stage], row);
       }
-      if (n >= blocks.begin) ring.advance();
-    }
+      ptx::fence_proxy_async();  // before wgmma reads the zeros
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(&shared.kv_clean[at.stage]);
+    };
+    for_each_block(ring, tile_key_blocks<Traits>(p, tile), clean, clean);
   });
 }
 

@@ -22,7 +22,7 @@ struct ForwardMma {
   using Element = typename Traits::Element;
   using Shared = typename Traits::SharedStorage;
   static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
-  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kHeadDim = Traits::kHeadDim, kHeadDimV = Traits::kHeadDimV;
   static constexpr uint64_t kRowsByDepth = ptx::descriptor_layout(16, 1024);  // Q, K: K-major
   static constexpr uint64_t kDepthByRows =
       ptx::descriptor_layout(kBlockN * 128, 1024);  // V: MN-major
@@ -35,12 +35,12 @@ struct ForwardMma {
   const int warpgroup, warp, lane;
   const int turn, next_turn, own_barrier;
 
-  float accO[kHeadDim / 2];
+  float accO[kHeadDimV / 2];
   uint32_t rP[kBlockN / 4];  // P(n + 1) as A fragments: the layout of the accumulator
   int accumulate = 0;        // the first product of a tile overwrites accO
   RowSoftmax<Traits> softmax;
-  float inverse[2];            // 1 / l of the tile that finish_rows saw
-  Ring<Traits::kStages> ring;  // K(n); V(n + 1) is one position behind
+  float inverse[2];  // 1 / l of the tile that finish_rows saw
+  typename Traits::KeyValueRing ring;
   Ring<Traits::kQueryStages> q_ring;
   TileId tile;
   IntervalMask mask;       // of the tile in hand
@@ -48,7 +48,7 @@ struct ForwardMma {
   BlockRanges blocks;
   int q_stage = 0;
   uint32_t sQ;
-  uint64_t *const k_ready, *const v_ready;
+  uint64_t* const kv_ready;
   const PairTiles& pair_tiles;          // general variant
   Ring<Traits::kPairStages> pair_ring;  // tile of n_block
 
@@ -62,8 +62,8 @@ struct ForwardMma {
         turn(1 + warpgroup_),
         next_turn(1 + (warpgroup_ + 1) % Traits::kMmaWarpgroups),
         own_barrier(1 + Traits::kMmaWarpgroups + warpgroup_),
-        k_ready(Traits::kGeneral && has_unattended_keys(params) ? storage.k_clean : storage.k_full),
-        v_ready(Traits::kGeneral && has_unattended_keys(params) ? storage.v_clean : storage.v_full),
+        kv_ready(Traits::kGeneral && has_unattended_keys(params) ? storage.kv_clean
+                                                                 : storage.kv_full),
         pair_tiles(maps.pairs) {
     softmax.scale_log2 = unit() * 1.4426950408889634f;
   }
@@ -84,6 +84,12 @@ struct ForwardMma {
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(empty);
   }
+  FLASH_DEVICE void await(Place at) const { ptx::mbarrier_wait(&kv_ready[at.stage], at.parity); }
+  FLASH_DEVICE void release(Place at) const { release(&shared.kv_empty[at.stage]); }
+  FLASH_DEVICE void skip(Place at) const {
+    await(at);
+    release(at);
+  }
   FLASH_DEVICE void take_turn() const {
     if (Traits::kTakeTurns) ptx::named_barrier_sync(turn, 256);
   }
@@ -94,7 +100,7 @@ struct ForwardMma {
   /// S = Q K^T
   FLASH_DEVICE void issue_scores(float (&accS)[kBlockN / 2], int stage) const {
     const uint64_t a = ptx::descriptor(kRowsByDepth, sQ);
-    const uint64_t b = ptx::descriptor(kRowsByDepth, shared_address(shared.k[stage]));
+    const uint64_t b = ptx::descriptor(kRowsByDepth, shared_address(shared.kv[stage]));
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
       ptx::Wgmma<Element, kBlockN>::template ss<0, 0>(
@@ -105,10 +111,10 @@ struct ForwardMma {
   }
   /// O += P V
   FLASH_DEVICE void issue_output(int stage) {
-    const uint64_t b = ptx::descriptor(kDepthByRows, shared_address(shared.v[stage]));
+    const uint64_t b = ptx::descriptor(kDepthByRows, shared_address(shared.kv[stage]));
 #pragma unroll
     for (int i = 0; i < kBlockN / 16; ++i) {
-      ptx::Wgmma<Element, kHeadDim>::template rs<1>(
+      ptx::Wgmma<Element, kHeadDimV>::template rs<1>(
           accO, &rP[4 * i], ptx::advance(b, ptx::mn_major_step(i)), i > 0 ? 1 : accumulate);
     }
     ptx::wgmma_commit();
@@ -161,20 +167,20 @@ struct ForwardMma {
   template <Step kStep>
   FLASH_DEVICE void step() {
     float accS[kBlockN / 2];
-    const Ring<Traits::kStages> previous = ring;
-    ring.advance();
-    ptx::mbarrier_wait(&k_ready[ring.stage], ring.parity);
+    Place keys, values;
+    ring.step(keys, values);
+    await(keys);
     take_turn();
     ptx::pin(accS), ptx::pin(accO), ptx::pin(rP);
     ptx::wgmma_fence();
-    issue_scores(accS, ring.stage);
-    ptx::mbarrier_wait(&v_ready[previous.stage], previous.parity);
+    issue_scores(accS, keys.stage);
+    await(values);
     ptx::wgmma_fence();
-    issue_output(previous.stage);
+    issue_output(values.stage);
     pass_turn();
     ptx::wgmma_wait<1>();  // S is there, O still runs
     ptx::pin(accS);
-    release(&shared.k_empty[ring.stage]);
+    release(keys);
     if (kStep == Step::kMasked) make_scores(accS);
     if (kStep == Step::kFull && Traits::kKeepsMaximum) {
       softmax.keep(accS);
@@ -186,11 +192,11 @@ struct ForwardMma {
     ptx::pin(accS);        // the softmax stays above the wait, under the second product
     ptx::wgmma_wait<0>();  // O is there, rP is free
     ptx::pin(accO), ptx::pin(rP);
-    release(&shared.v_empty[previous.stage]);
+    release(values);
     take_weights(accS, first_column());
     if (!(kStep == Step::kFull && Traits::kKeepsMaximum) && softmax.any_rescale()) {
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) accO[i] *= softmax.rescale[(i >> 1) & 1];
+      for (int i = 0; i < kHeadDimV / 2; ++i) accO[i] *= softmax.rescale[(i >> 1) & 1];
     }
     --n_block;
   }
@@ -199,7 +205,7 @@ struct ForwardMma {
   template <bool kTileInHand>
   FLASH_DEVICE void first_step(TileId next) {
     float accS[kBlockN / 2];
-    const Ring<Traits::kStages> previous = ring;
+    const Place values = kTileInHand ? ring.last_values() : Place();  // of the tile in hand
     const uint32_t old_q = sQ;
     const int old_stage = q_stage;
     const IntervalMask next_mask = p.mask_of(next.q, next.k);
@@ -207,26 +213,25 @@ struct ForwardMma {
     const Range visit = key_blocks<kBlockN>(next_mask, next.m_block * kBlockM, kBlockM).visit;
     const BlockRanges own = key_blocks_within<kBlockN>(next_mask, next_row, visit);
     sQ = shared_address(shared.q[q_ring.stage]) + warpgroup * 64 * 128;
-    if (kTileInHand) ring.advance();
-    Ring<Traits::kStages> skipped = ring;
+    Place keys = ring.keys(), unseen_values{};
     for (int n = visit.end; n > own.visit.end; --n) {  // no row here sees a key of this block
-      ptx::mbarrier_wait(&k_ready[ring.stage], ring.parity);
-      release(&shared.k_empty[ring.stage]);
+      skip(keys);
+      if (n < visit.end) skip(unseen_values);
       with_pair_tile([](uint32_t) {});
       take_turn();
       pass_turn();
-      ring.advance();
+      ring.step(keys, unseen_values);
     }
-    ptx::mbarrier_wait(&k_ready[ring.stage], ring.parity);
+    await(keys);
     if (kTileInHand) take_turn();
     ptx::pin(accS);
     if (kTileInHand) ptx::pin(accO), ptx::pin(rP);
     ptx::wgmma_fence();
-    issue_scores(accS, ring.stage);
+    issue_scores(accS, keys.stage);
     if (kTileInHand) {
-      ptx::mbarrier_wait(&v_ready[previous.stage], previous.parity);
+      await(values);
       ptx::wgmma_fence();
-      issue_output(previous.stage);
+      issue_output(values.stage);
       pass_turn();
       finish_rows();
       ptx::wgmma_wait<1>();
@@ -234,7 +239,8 @@ struct ForwardMma {
       ptx::wgmma_wait<0>();
     }
     ptx::pin(accS);
-    release(&shared.k_empty[ring.stage]);
+    release(keys);
+    if (visit.end > own.visit.end) skip(unseen_values);
     tile = next;
     mask = next_mask;
     q_stage = q_ring.stage;
@@ -250,19 +256,14 @@ struct ForwardMma {
     if (kTileInHand) {
       ptx::wgmma_wait<0>();
       ptx::pin(accO), ptx::pin(rP);
-      release(&shared.v_empty[previous.stage]);
+      release(values);
     }
     take_weights(accS, first_column());
     if (kTileInHand) put_output(old_q, &shared.o_full[old_stage][warpgroup]);
     accumulate = 0;
-    for (int n = visit.end; n > own.visit.end; --n) {
-      ptx::mbarrier_wait(&v_ready[skipped.stage], skipped.parity);
-      release(&shared.v_empty[skipped.stage]);
-      skipped.advance();
-    }
     --n_block;
-    ring.stage = to_uniform(ring.stage);
-    ring.parity = to_uniform(ring.parity);
+    ring.at.stage = to_uniform(ring.at.stage);
+    ring.at.parity = to_uniform(ring.at.parity);
     sQ = to_uniform(sQ);
     n_block = to_uniform(n_block);
   }
@@ -292,7 +293,7 @@ struct ForwardMma {
   FLASH_DEVICE void put_output(uint32_t target, uint64_t* full) {
     ptx::named_barrier_sync(own_barrier, 128);  // its four warps have read these rows
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; i += 8) {  // 16 columns
+    for (int i = 0; i < kHeadDimV / 2; i += 8) {  // 16 columns
       uint32_t packed[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -312,7 +313,7 @@ struct ForwardMma {
     const int odd = lane & 1, column = odd * 8 + (lane & 2) * 2;
     auto* out = static_cast<uint16_t*>(p.out.data) + p.out.offset(tile.q, tile.head) + column;
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; i += 8) {  // 16 columns
+    for (int i = 0; i < kHeadDimV / 2; i += 8) {  // 16 columns
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float scale = inverse[r];
@@ -330,15 +331,15 @@ struct ForwardMma {
   /// The last P V of the tile in hand, when no other tile begins under it.
   FLASH_DEVICE void finish_tile() {
     if (!Traits::kStoresThroughQ) release(&shared.q_empty[q_stage]);  // the next Q loads meanwhile
-    ptx::mbarrier_wait(&v_ready[ring.stage], ring.parity);
+    const Place values = ring.last_values();
+    await(values);
     ptx::pin(accO), ptx::pin(rP);
     ptx::wgmma_fence();
-    issue_output(ring.stage);
+    issue_output(values.stage);
     finish_rows();
     ptx::wgmma_wait<0>();
     ptx::pin(accO);
-    release(&shared.v_empty[ring.stage]);
-    ring.advance();
+    release(values);
     if (Traits::kStoresThroughQ) {
       put_output(sQ, &shared.o_full[q_stage][warpgroup]);
     } else {

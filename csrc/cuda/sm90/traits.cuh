@@ -16,54 +16,66 @@ namespace flash::cuda::sm90 {
 // with a struct value as its argument.
 //   kMmaWarpgroups   each owns 64 query rows: kBlockM = 64 kMmaWarpgroups
 //   kBlockN          keys of a block
-//   kStages          of K and of V
+//   kStages          blocks of K and V together; odd: they share a ring, even: one each
+//   kHeadDimV        columns of V, if fewer than those of Q and K
 //   kQueryStages     2 or more: a tile begins under the last product of the tile before it
 //   kTakeTurns       order the products of the warpgroups
 //   kPairStages      general variant: of tiles of a bias or mask
 // bf16, 16k tokens, hidden 2048, one H100; docs/hopper.md has what lost.
 struct TileD64Short {  // 256x64 against 192x128: +10 % up to 1k, equal to 4k, -5 % from 8k
-  static constexpr int kMmaWarpgroups = 4, kBlockN = 64, kStages = 4, kQueryStages = 3;
+  // 8 stages: causal -7 % at 512, -5 % at 1k; 8 of one ring: -1 % full, twice the positions to move
+  static constexpr int kMmaWarpgroups = 4, kBlockN = 64, kStages = 12, kQueryStages = 3;
   static constexpr bool kTakeTurns = true;
 };
 struct TileD64ShortCausal : TileD64Short {  // turns cost causal 4 % up to 1k
   static constexpr bool kTakeTurns = false;
 };
 struct TileD64Long {
-  static constexpr int kMmaWarpgroups = 3, kBlockN = 128, kStages = 3, kQueryStages = 3;
+  static constexpr int kMmaWarpgroups = 3, kBlockN = 128, kStages = 6, kQueryStages = 3;
   static constexpr bool kTakeTurns = true;
 };
-struct TileD96 {
-  static constexpr int kMmaWarpgroups = 2, kBlockN = 128, kStages = 2, kQueryStages = 2;
+struct TileD96Short {  // one ring of 5 for two of 2: +4 to 11 %
+  static constexpr int kMmaWarpgroups = 2, kBlockN = 128, kStages = 5, kQueryStages = 2;
+  static constexpr bool kTakeTurns = true;
+};
+struct TileD96Long {  // against 128x128: full +9 to 12 %, causal +4 %; -5 to -10 % up to 1k
+  static constexpr int kMmaWarpgroups = 3, kBlockN = 96, kStages = 5, kQueryStages = 2;
   static constexpr bool kTakeTurns = true;
 };
 struct TileD128 {  // 192x80 -6 %, 128x144 -5 %, 128x176 -7 % at 8k
-  static constexpr int kMmaWarpgroups = 2, kBlockN = 128, kStages = 2, kQueryStages = 3;
+  // Two rings of 2 and 3 stages of Q: -6 to -8 % up to 1k, -3 % at 2k; causal 512 +2 %
+  static constexpr int kMmaWarpgroups = 2, kBlockN = 128, kStages = 5, kQueryStages = 2;
   static constexpr bool kTakeTurns = true;
 };
-struct TileD192 {
-  static constexpr int kMmaWarpgroups = 2, kBlockN = 96, kStages = 2, kQueryStages = 1;
+struct TileD192 {  // 128x96 with one stage of Q, K first: -5 % at 512, -1 % at 16k
+  static constexpr int kMmaWarpgroups = 2, kBlockN = 64, kStages = 5, kQueryStages = 2;
   static constexpr bool kTakeTurns = true;
 };
-struct TileD256 {  // 128x80 loses up to 4 %
-  static constexpr int kMmaWarpgroups = 2, kBlockN = 64, kStages = 2, kQueryStages = 1;
+struct TileD192Values128 {  // 128x80: -9 to -11 % at 512, -2 % at 2k, equal at 16k
+  static constexpr int kHeadDimV = 128;
+  static constexpr int kMmaWarpgroups = 2, kBlockN = 64, kStages = 5, kQueryStages = 2;
+  static constexpr bool kTakeTurns = true;
+};
+struct TileD256 {  // 128x80 loses up to 4 %, two stages of Q and one ring of 3 about 9 %
+  static constexpr int kMmaWarpgroups = 2, kBlockN = 64, kStages = 4, kQueryStages = 1;
   static constexpr bool kTakeTurns = true;
 };
 
 // General variant: registers hold addresses beside the scores, shared memory tiles of a bias or
 // mask.
 struct TileD64General {  // 128x128 -20 %; without turns -3 %
-  static constexpr int kMmaWarpgroups = 3, kBlockN = 64, kStages = 3, kQueryStages = 3;
+  static constexpr int kMmaWarpgroups = 3, kBlockN = 64, kStages = 6, kQueryStages = 3;
   static constexpr bool kTakeTurns = true;
   static constexpr int kPairStages = 2;
 };
-struct TileD96General : TileD96 {
-  static constexpr int kPairStages = 1;
+struct TileD96General : TileD96Short {
+  static constexpr int kStages = 4, kPairStages = 1;
 };
 struct TileD128General : TileD128 {  // 128x128 -4 %
-  static constexpr int kBlockN = 64, kQueryStages = 2, kPairStages = 2;
+  static constexpr int kBlockN = 64, kStages = 4, kPairStages = 2;
 };
 struct TileD192General : TileD192 {
-  static constexpr int kBlockN = 64, kPairStages = 2;
+  static constexpr int kStages = 4, kQueryStages = 1, kPairStages = 2;
 };
 struct TileD256General : TileD256 {
   static constexpr int kPairStages = 2;
@@ -90,17 +102,86 @@ struct TileId {
   FLASH_DEVICE bool is_redo() const { return index < 0; }
 };
 
+/// Position in a ring of stages; the parity flips at each wrap.
+template <int kStages>
+struct Ring {
+  int stage = 0, parity = 0;
+
+  FLASH_DEVICE void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+/// Where a block of K or V lies, and the parity of its barriers.
+struct Place {
+  int stage, parity;
+};
+
+/// Places of the blocks of a tile in the order of loads and products, where V follows K by one:
+/// K(last), {K(n), V(n + 1)} ..., V(first). keys and values give the next one; step gives both of a
+/// pair; last_values is for the V without a K before it.
+///
+/// One ring: every stage is of use for whatever comes next.
+template <int kStages>
+struct OneRing {
+  Ring<kStages> at{kStages - 1, 1};  // of the block before
+
+  FLASH_DEVICE Place keys() {
+    at.advance();
+    return {at.stage, at.parity};
+  }
+  FLASH_DEVICE Place values() { return keys(); }
+  FLASH_DEVICE Place last_values() { return keys(); }
+  FLASH_DEVICE void step(Place& k, Place& v) {
+    k = keys();
+    v = values();
+  }
+};
+
+/// A ring each: one position to move in a step, not two.
+template <int kStages>
+struct TwoRings {
+  static constexpr int kHalf = kStages / 2;
+  Ring<kHalf> at{kHalf - 1, 1};  // of the K before
+
+  FLASH_DEVICE Place keys() {
+    at.advance();
+    return {at.stage, at.parity};
+  }
+  FLASH_DEVICE Place values() const {
+    return at.stage == 0 ? Place{kStages - 1, at.parity ^ 1}
+                         : Place{kHalf + at.stage - 1, at.parity};
+  }
+  FLASH_DEVICE Place last_values() const { return {kHalf + at.stage, at.parity}; }
+  FLASH_DEVICE void step(Place& k, Place& v) {
+    v = last_values();
+    k = keys();
+  }
+};
+
 template <class Element_, int kHeadDim_, class Tile, Variant kVariant>
 struct ForwardTraits : Tile {
   using Element = Element_;
   static constexpr bool kGeneral = kVariant == Variant::kGeneral;
   static constexpr int kHeadDim = kHeadDim_;  // bucket: TMA fills columns beyond head_dim with 0
+  static constexpr int kHeadDimV = [] {
+    if constexpr (requires { Tile::kHeadDimV; }) return Tile::kHeadDimV;
+    return kHeadDim;
+  }();
   static constexpr int kBlockM = 64 * Tile::kMmaWarpgroups;
-  static constexpr int kChunks = (kHeadDim + 63) / 64;  // of 64 columns = the swizzle's 128 bytes
+  // Of 64 columns = the swizzle's 128 bytes.
+  static constexpr int kChunks = (kHeadDim + 63) / 64, kChunksV = (kHeadDimV + 63) / 64;
   static constexpr int kThreads = 128 * (1 + Tile::kMmaWarpgroups);
+  using KeyValueRing =
+      std::conditional_t<Tile::kStages % 2 == 0, TwoRings<Tile::kStages>, OneRing<Tile::kStages>>;
   // With stages of Q to spare, O leaves through its own rows of Q and a tile whose cheap softmax
   // was not safe can be done again. With one, O goes straight to global memory.
   static constexpr bool kStoresThroughQ = Tile::kQueryStages > 1;
+  // In the general variant this costs 9 registers of the products, which spill at head dim 256.
+  static constexpr bool kKeysFirst = !kStoresThroughQ && !kGeneral;
   static constexpr int kPairStages = [] {
     if constexpr (kGeneral) return Tile::kPairStages;
     return 0;
@@ -113,6 +194,7 @@ struct ForwardTraits : Tile {
                                        : Tile::kMmaWarpgroups == 3 ? 160
                                                                    : 112;
   static_assert(kHeadDim % 32 == 0 && kHeadDim <= 256, "wgmma and the swizzle need this");
+  static_assert(kHeadDimV % 32 == 0 && kHeadDimV <= kHeadDim, "V fits where K does, O where Q");
   static_assert(Tile::kMmaWarpgroups >= 2 && Tile::kMmaWarpgroups <= 4,
                 "register budgets are known for two to four warpgroups");
 
@@ -120,34 +202,16 @@ struct ForwardTraits : Tile {
   /// kChunks chunks of R rows of 128 bytes.
   struct SharedStorage {
     uint16_t q[Tile::kQueryStages][kBlockM * kChunks * 64];  // later O, each warpgroup its rows
-    uint16_t k[Tile::kStages][Tile::kBlockN * kChunks * 64];
-    uint16_t v[Tile::kStages][Tile::kBlockN * kChunks * 64];
+    uint16_t kv[Tile::kStages][Tile::kBlockN * kChunks * 64];
     PairStorage<kPairStages, kBlockM * Tile::kBlockN * 2> pairs;
     TileId tile[Tile::kQueryStages];
     int failed[Tile::kQueryStages];  // index of the tile to be done again, or -1
     uint64_t q_full[Tile::kQueryStages], q_empty[Tile::kQueryStages];
     uint64_t o_full[Tile::kQueryStages][Tile::kMmaWarpgroups];
-    uint64_t k_full[Tile::kStages], k_empty[Tile::kStages];
-    uint64_t v_full[Tile::kStages], v_empty[Tile::kStages];
-    uint64_t k_clean[Tile::kStages], v_clean[Tile::kStages];  // general variant
+    uint64_t kv_full[Tile::kStages], kv_empty[Tile::kStages];
+    uint64_t kv_clean[Tile::kStages];  // general variant
   };
   static_assert(sizeof(SharedStorage) <= 232448, "exceeds the shared memory of one SM");
-};
-
-/// Position in a ring of stages; the parity flips at each wrap.
-template <int kStages>
-struct Ring {
-  int stage = 0, parity = 0;
-
-  FLASH_DEVICE void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-  FLASH_DEVICE Ring before() const {
-    return stage == 0 ? Ring{kStages - 1, parity ^ 1} : Ring{stage - 1, parity};
-  }
 };
 
 /// A value that steers a loop, told to ptxas to be equal in all lanes (REDUX writes a uniform
