@@ -55,9 +55,14 @@ enum class BlockRows { kQueries, kKeys };  ///< what the rows of a tile are; col
 struct NothingStaged {
   FLASH_DEVICE bool has_bias() const { return false; }
   FLASH_DEVICE bool has_mask() const { return false; }
-  template <class T>
-  FLASH_DEVICE void load(BlockValues<T>&) const {}
+  template <class Element>
+  FLASH_DEVICE ScoreBlock bias() const {
+    return {};
+  }
+  FLASH_DEVICE uint32_t kept() const { return 0; }  ///< the pair i by bit kept_bit(i)
 };
+/// What four bytes of a mask collect: element 2 r + c of tile j.
+FLASH_DEVICE constexpr int kept_bit(int i) { return 16 * (i % 2) + 8 * (i / 2 % 2) + 7 - i / 4; }
 
 /// A ScoreBlock as a Place of ScoreMod::forward. The lane's own element is (row, column) of the
 /// sequence. `Staged` brings the bias or the mask from elsewhere, if it has it.
@@ -78,11 +83,17 @@ struct BlockPlace {
 
   FLASH_DEVICE ScoreBlock bias() const {
     const auto value = [](auto b, int) { return widen(b); };
-    if (mod().bias_is_float32) return map<float>(mod().bias, false, value);
-    return map<Element>(mod().bias, staged.has_bias(), value);
+    if (staged.has_bias()) return staged.template bias<Element>();
+    if (mod().bias_is_float32) return map<float>(mod().bias, value);
+    return map<Element>(mod().bias, value);
   }
   FLASH_DEVICE ScoreBlock dropped(const ScoreBlock& scores) const {
-    return map<uint8_t>(mod().mask, staged.has_mask(),
+    if (staged.has_mask()) {
+      const uint32_t kept = staged.kept();
+      return ScoreBlock::of(
+          [&](int i) { return kept >> kept_bit(i) & 1 ? scores.x[i] : -INFINITY; });
+    }
+    return map<uint8_t>(mod().mask,
                         [&](uint8_t keep, int i) { return keep ? scores.x[i] : -INFINITY; });
   }
   FLASH_DEVICE ScoreBlock distance() const {
@@ -94,12 +105,9 @@ struct BlockPlace {
  private:
   /// f(value, i) for the elements of a tensor over pairs.
   template <class T, class F>
-  FLASH_DEVICE ScoreBlock map(const PairView& view, bool is_staged, F&& f) const {
+  FLASH_DEVICE ScoreBlock map(const PairView& view, F&& f) const {
     BlockValues<T> values;
-    if (is_staged)
-      staged.template load<T>(values);
-    else
-      load_global<T>(values, view);
+    load_global<T>(values, view);
     return ScoreBlock::of([&](int i) { return f(values[i / 2].x[i % 2], i); });
   }
 

@@ -57,12 +57,9 @@ struct GeneralStep {
     ptx::named_barrier_sync(static_cast<int>(NamedBarrier::kKeysClean) + warpgroup, 128);
   }
 
-  /// P^T in 16 bits, negative where dropped, from K Q^T. Slopes wait where dS will lie.
-  FLASH_DEVICE void make_weights(uint32_t (&rP)[kBlockM / 4], float (&accS)[kBlockM / 2],
-                                 int m_block, int key, const KeptColumns& kept, bool is_masked,
-                                 Ring<2> ring) const {
+  /// K Q^T becomes scores. Slopes wait where dS will lie.
+  FLASH_DEVICE void modify(float (&accS)[kBlockM / 2], int key, int query, Ring<2> ring) const {
     const bool is_staged = maps.pairs.kind != PairKind::kNone;
-    const int query = m_block * kBlockM + (lane() & 3) * 2;
     if (is_staged) ptx::mbarrier_wait(&shared.pairs.full[ring.stage], ring.parity);
     if (scores.has_slopes()) ptx::mbarrier_wait(&shared.ds_empty, ring.stage ^ 1);
     scores.modify(accS, key, query,
@@ -73,15 +70,24 @@ struct GeneralStep {
                     ptx::store_shared_v4(ds_place(ds_chunk(), warp, 2 * j + 1), &slopes[4]);
                   });
     if (is_staged) release(&shared.pairs.empty[ring.stage]);
+  }
+  /// P^T in 16 bits, negative where dropped, from K Q^T.
+  FLASH_DEVICE void make_weights(uint32_t (&rP)[kBlockM / 4], float (&accS)[kBlockM / 2],
+                                 int m_block, int key, const KeptColumns& kept, bool is_masked,
+                                 Ring<2> ring) const {
+    const int query = m_block * kBlockM + (lane() & 3) * 2;
+    const bool is_modified = scores.is_modified();
+    if (is_modified) modify(accS, key, query, ring);
     if (is_masked) mask_scores<kBlockM>(kept, accS, m_block);
-    scores.weights(rP, accS, ColumnValues(shared.lse_log2[ring.stage]));
+    scores.weights(rP, accS, ColumnValues(shared.lse_log2[ring.stage]),
+                   is_modified ? 1.f : scores.scale());
     if (scores.has_dropout()) scores.mark_dropped(rP, key, query);
   }
 
   /// dS^T in place of dP^T, and the weights for dV. Afterwards dS may be put.
   FLASH_DEVICE void make_gradient(uint32_t (&rP)[kBlockM / 4], float (&accdP)[kBlockM / 2],
                                   Ring<2> ring) const {
-    scores.gradient(rP, accdP, ColumnValues(shared.delta[ring.stage]));
+    scores.template gradient</*kIsClean=*/true>(rP, accdP, ColumnValues(shared.delta[ring.stage]));
     if (scores.has_dropout()) scores.drop_marked(rP);
     if (scores.has_slopes()) {
 #pragma unroll

@@ -21,35 +21,39 @@ struct StagedPairs {
   FLASH_DEVICE bool has_bias() const { return kind == PairKind::kBias; }
   FLASH_DEVICE bool has_mask() const { return kind == PairKind::kMask; }
 
-  template <class T>
-  FLASH_DEVICE void load(BlockValues<T>& values) const {
-    if constexpr (sizeof(T) <= 2) {  // tiles of wider elements would not fit
-      if constexpr (kRows == BlockRows::kQueries) {
-        load_rows(values);
-      } else if constexpr (sizeof(T) == 2) {
-        load_columns(values);
-      } else {
-        load_columns_of_bytes(values);
-      }
+  template <class Element>
+  FLASH_DEVICE ScoreBlock bias() const {
+    uint32_t pairs[ScoreBlock::kCount / 2];  // of columns
+    if constexpr (kRows == BlockRows::kQueries) {
+      for_each_pair<Element>(
+          [&](int i, uint32_t place) { pairs[i] = load_shared<uint32_t>(place); });
+    } else {
+      load_transposed<Element>(pairs);
     }
+    return ScoreBlock::of([&](int i) {
+      const float2 pair = unpack<Element>(pairs[i / 2]);
+      return i % 2 ? pair.y : pair.x;
+    });
+  }
+  FLASH_DEVICE uint32_t kept() const {
+    return kRows == BlockRows::kQueries ? kept_in_rows() : kept_in_columns();
   }
 
  private:
   template <class T>
   using Layout = PairTileLayout<T, kBlockM, kBlockN>;
 
-  template <class T>
-  FLASH_DEVICE void load_rows(BlockValues<T>& values) const {
+  /// f(i, address) for the pairs of columns 2 i, 2 i + 1 of a ScoreBlock.
+  template <class T, class F>
+  FLASH_DEVICE void for_each_pair(F&& f) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const uint32_t line = Layout<T>::swizzled(row + 8 * r, 2 * (threadIdx.x % 4));
 #pragma unroll
       for (int j = 0; j < ScoreBlock::kCount / 4; ++j)
-        values[2 * j + r] =
-            load_shared<AlignedArray<T, 2>>(tile + Layout<T>::moved(line, column + 8 * j));
+        f(2 * j + r, tile + Layout<T>::moved(line, column + 8 * j));
     }
   }
-
   /// Address of 16 bytes of the line of a query.
   template <class T>
   FLASH_DEVICE uint32_t line(int query, int key) const {
@@ -57,40 +61,41 @@ struct StagedPairs {
   }
   /// Matrices of 8 x 8 elements, transposed on their way: an accumulator's layout as it is.
   template <class T>
-  FLASH_DEVICE void load_columns(BlockValues<T>& values) const {
+  FLASH_DEVICE void load_transposed(uint32_t (&pairs)[ScoreBlock::kCount / 2]) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int j = 0; j < ScoreBlock::kCount / 4; j += 2) {
-      uint32_t matrices[4];  // 2 x 8 queries of 2 x 8 keys
-      ldmatrix_x4_trans(matrices,
+    for (int j = 0; j < ScoreBlock::kCount / 4; j += 2)  // 2 x 8 queries of 2 x 8 keys
+      ldmatrix_x4_trans(reinterpret_cast<uint32_t (&)[4]>(pairs[2 * j]),
                         line<T>(column + 8 * j + lane / 16 * 8 + lane % 8, row + lane / 8 % 2 * 8));
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        values[2 * j + i] = reinterpret_cast<const AlignedArray<T, 2>&>(matrices[i]);
-    }
   }
-  /// The same in pairs of bytes: 8 queries x 16 keys a matrix, of which a lane gets keys 2 g and
-  /// 2 g + 1, g = lane / 4. It wants g and g + 8, and of a mask one bit: byte 2 c + key % 2
-  /// collects "is not 0" of all four matrices in bits 7 ... 4, and two shuffles bring them.
-  template <class T>
-  FLASH_DEVICE void load_columns_of_bytes(BlockValues<T>& values) const {
-    const int lane = threadIdx.x % 32;
-    uint32_t matrices[4], bits = 0;
-    ldmatrix_x4_trans(matrices, line<T>(column + lane, row));
+
+  /// Bit 7 of every byte that is not 0.
+  static FLASH_DEVICE uint32_t nonzero_bytes(uint32_t bytes) {
+    return (((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes) & 0x80808080u;
+  }
+  FLASH_DEVICE uint32_t kept_in_rows() const {
+    uint32_t pairs[ScoreBlock::kCount / 2], bits = 0;
+    for_each_pair<uint8_t>([&](int i, uint32_t place) { pairs[i] = load_shared<uint16_t>(place); });
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t carries = (matrices[j] & 0x7f7f7f7fu) + 0x7f7f7f7fu;  // bit 7: not 0 or 128
-      bits |= ((carries | matrices[j]) & 0x80808080u) >> j;
-    }
+    for (int j = 0; j < ScoreBlock::kCount / 4; ++j)  // bytes by 2 c + r
+      bits |= nonzero_bytes(__byte_perm(pairs[2 * j], pairs[2 * j + 1], 0x5140)) >> j;
+    return bits;
+  }
+  /// Transposed in pairs of bytes: of 8 queries x 16 keys, byte 2 c + key % 2 of keys 2 g and
+  /// 2 g + 1, g = lane / 4. The lane wants g and g + 8: two shuffles bring their bits.
+  FLASH_DEVICE uint32_t kept_in_columns() const {
+    const int lane = threadIdx.x % 32;
+    uint32_t matrices[4], bits = 0, kept = 0;
+    ldmatrix_x4_trans(matrices, line<uint8_t>(column + lane, row));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) bits |= nonzero_bytes(matrices[j]) >> j;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int source = (r * 4 + lane / 8) * 4 + lane % 4;
       const uint32_t own = __shfl_sync(0xffffffffu, bits, source) >> lane / 4 % 2 * 8;
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) values[2 * j + r].x[c] = T(own >> (16 * c + 7 - j) & 1);
+      kept |= (own & 0x00ff00ffu) << 8 * r;
     }
+    return kept;
   }
 };
 
