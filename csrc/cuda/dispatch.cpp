@@ -175,6 +175,17 @@ void backward_sm90(const KernelSpec& spec, const BackwardParams& p, void* worksp
   });
 }
 
+template <DType kDType>
+void backward_bias(const KernelSpec& spec, const BackwardParams& p, const RowView& delta,
+                   void* stream) {
+  if (spec.arch != Arch::kSm90 || !sm90::sums_bias_gradient(p))
+    return launch_backward_bias<kDType>(p, delta, stream);
+  dispatch_value<64, 96, 128, 192, 256>("head_dim", spec.head_dim, [&]<int kHeadDim> {
+    constexpr int kBucket = kHeadDim <= 64 ? 64 : kHeadDim <= 128 ? 128 : 256;
+    sm90::launch_bias_gradient<kBucket>(p, delta, stream);
+  });
+}
+
 /// dq, dk, dv from a complete delta.
 void backward_with_delta(const KernelSpec& spec, const BackwardParams& p, const RowView& delta,
                          void* scratch, void* stream) {
@@ -209,7 +220,7 @@ void backward(const BackwardParams& p, const Launch& launch) {
     if (is_sm90 && !wants_dbias && !p.dslopes && !p.dsink) return;
     launch_backward_delta<kDType>(p, delta, stream);
     if (!is_sm90) backward_with_delta(spec, p, delta, workspace + parts.scratch, stream);
-    if (wants_dbias) launch_backward_bias<kDType>(p, delta, stream);
+    if (wants_dbias) backward_bias<kDType>(spec, p, delta, stream);
     if (p.dslopes) launch_backward_slopes<kDType>(p, delta, workspace + parts.partials, stream);
     if (p.dsink) launch_backward_sink<kDType>(p, delta, stream);
   });

@@ -1,24 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// dbias = dS summed over the dimensions that the bias broadcasts, for every backend. One CTA owns a
-// tile of the bias's own shape, walks the broadcast dimensions in a fixed order (batch, heads,
-// query blocks, key blocks) and recomputes P and dS from lse: no atomics, one rounding, no N x N
-// memory.
+// dbias for every backend: P and dS recomputed from lse, no atomics, one rounding, no N x N memory.
 #pragma once
 
+#include "cuda/common/bias_tile.cuh"
 #include "cuda/common/pair_kernels.cuh"
 
 namespace flash::cuda {
-
-/// Blocks of rows and columns of the bias's own shape: 1 where it broadcasts.
-struct BiasBlocks {
-  int rows, cols;
-};
-
-/// The indices of one dimension that a CTA walks: all of them where the bias broadcasts.
-__device__ __forceinline__ Range walked(int bias_size, int own_index, int count) {
-  if (bias_size == 1 && count != 1) return {0, count};
-  return {own_index, own_index + 1};
-}
 
 /// Adds up the rows of a tile of registers, in a fixed order; the result lands in row 0.
 template <class Traits, class Real>
@@ -58,53 +45,41 @@ __device__ __forceinline__ void sum_cols(
 
 template <class Traits, class Params, class BiasElement>
 __global__ void __launch_bounds__(Traits::kThreads)
-    backward_bias_kernel(const __grid_constant__ Params p, const RowView delta,
-                         const BiasBlocks blocks) {
+    backward_bias_kernel(const __grid_constant__ Params p, const RowView delta) {
   using Tile = typename Traits::Tile;
   using Real = typename Traits::Real;
   using Block = QueryBlock<Traits, Params>;
   constexpr int kRows = Traits::kRows, kCols = Traits::kCols;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes);
-
-  int64_t index = blockIdx.x;
-  const int own_col = int(index % blocks.cols);
-  index /= blocks.cols;
-  const int own_row = int(index % blocks.rows);
-  index /= blocks.rows;
-  const int own_head = int(index % p.bias_shape[1]), own_batch = int(index / p.bias_shape[1]);
-  const Range batches = walked(p.bias_shape[0], own_batch, p.batch);
-  const Range heads = walked(p.bias_shape[1], own_head, p.num_heads);
-  const bool one_row = p.bias_shape[2] == 1, one_col = p.bias_shape[3] == 1;
-  const Range rows = walked(p.bias_shape[2], own_row, int(ceil_div(p.q_layout.max, kRows)));
-  const Range cols = walked(p.bias_shape[3], own_col, int(ceil_div(p.k_layout.max, kCols)));
+  const auto own = BiasTile<kRows, kCols>::of(p, blockIdx.x);
 
   typename Block::Registers acc = {};
   int stage = 0;
 #pragma unroll 1
-  for (int batch = batches.begin; batch < batches.end; ++batch)
+  for (int batch = own.batches.begin; batch < own.batches.end; ++batch)
 #pragma unroll 1
-    for (int head = heads.begin; head < heads.end; ++head)
+    for (int head = own.heads.begin; head < own.heads.end; ++head)
 #pragma unroll 1
-      for (int m = rows.begin; m < rows.end; ++m) {
+      for (int m = own.m_blocks.begin; m < own.m_blocks.end; ++m) {
         const Block block(p, delta, batch, head, m);
         if (block.is_empty()) continue;
 #pragma unroll 1
-        for (int n = cols.begin; n < cols.end; ++n) {
+        for (int n = own.n_blocks.begin; n < own.n_blocks.end; ++n) {
           if (!block.visits(n)) continue;
           block.for_each_gradient(shared.scores, shared.stages, stage, n,
                                   [&](int i, int j, Real ds) { acc[i][j] += ds; });
         }
       }
 
-  if (one_row) sum_rows<Traits>(acc, shared.per_warp);
-  if (one_col) sum_cols<Traits>(acc);
-  const int64_t matrix = int64_t(own_batch) * p.bias_shape[1] + own_head;
+  if (p.bias_shape[2] == 1) sum_rows<Traits>(acc, shared.per_warp);
+  if (p.bias_shape[3] == 1) sum_cols<Traits>(acc);
+  const int64_t matrix = int64_t(own.batch) * p.bias_shape[1] + own.head;
 #pragma unroll
   for (int i = 0; i < Tile::kThreadRows; ++i)
 #pragma unroll
     for (int j = 0; j < kCols / 8; ++j) {
-      const int q = own_row * kRows + Tile::row(i), k = own_col * kCols + Tile::col(j);
+      const int q = own.row * kRows + Tile::row(i), k = own.col * kCols + Tile::col(j);
       if (q < p.bias_shape[2] && k < p.bias_shape[3])
         static_cast<BiasElement*>(p.dbias)[(matrix * p.bias_shape[2] + q) * p.bias_shape[3] + k] =
             narrow<BiasElement>(acc[i][j]);
@@ -114,12 +89,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
 template <DType kDType, class Params>
 void launch_backward_bias(const Params& p, const RowView& delta, void* stream) {
   using Traits = PairTraits<kDType>;
-  const BiasBlocks blocks{int(ceil_div(p.bias_shape[2], Traits::kRows)),
-                          int(ceil_div(p.bias_shape[3], Traits::kCols))};
-  const int64_t ctas = int64_t(p.bias_shape[0]) * p.bias_shape[1] * blocks.rows * blocks.cols;
+  const int64_t ctas = BiasTile<Traits::kRows, Traits::kCols>::count(p);
   const auto run = [&]<class BiasElement>() {
     launch(backward_bias_kernel<Traits, Params, BiasElement>, ctas, Traits::kThreads,
-           sizeof(typename Traits::SharedStorage), stream, p, delta, blocks);
+           sizeof(typename Traits::SharedStorage), stream, p, delta);
   };
   if (p.features.score_mod.bias_is_float32)
     run.template operator()<float>();

@@ -86,6 +86,11 @@ bool writes_bias_gradient(const BackwardParams& p) {
          reinterpret_cast<uintptr_t>(p.dbias) % 16 == 0;
 }
 
+bool sums_bias_gradient(const BackwardParams& p) {
+  return p.bias_shape[2] == p.q_layout.max && p.bias_shape[3] == p.k_layout.max &&
+         p.features.score_mod.bias.q_stride != 0;
+}
+
 int64_t forward_workspace_bytes(const ForwardParams&) { return sizeof(unsigned); }
 
 }  // namespace flash::cuda::sm90
