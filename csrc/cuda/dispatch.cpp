@@ -180,9 +180,8 @@ void backward_bias(const KernelSpec& spec, const BackwardParams& p, const RowVie
                    void* stream) {
   if (spec.arch != Arch::kSm90 || !sm90::sums_bias_gradient(p))
     return launch_backward_bias<kDType>(p, delta, stream);
-  dispatch_value<64, 96, 128, 192, 256>("head_dim", spec.head_dim, [&]<int kHeadDim> {
-    constexpr int kBucket = kHeadDim <= 64 ? 64 : kHeadDim <= 128 ? 128 : 256;
-    sm90::launch_bias_gradient<kBucket>(p, delta, stream);
+  dispatch_value<64, 128>("head_dim", spec.head_dim <= 64 ? 64 : 128, [&]<int kHeadDim> {
+    sm90::launch_bias_gradient<kHeadDim>(p, delta, stream);
   });
 }
 

@@ -28,6 +28,5 @@ void launch_bias_gradient(const BackwardParams& p, const RowView& delta, void* s
 
 template void launch_bias_gradient<64>(const BackwardParams&, const RowView&, void*);
 template void launch_bias_gradient<128>(const BackwardParams&, const RowView&, void*);
-template void launch_bias_gradient<256>(const BackwardParams&, const RowView&, void*);
 
 }  // namespace flash::cuda::sm90

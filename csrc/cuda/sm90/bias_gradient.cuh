@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// dbias where the bias broadcasts, so that several blocks of dS add up in one of its tiles.
+// dbias where the bias has all rows and columns, but several blocks of dS add up in one of its
+// tiles: it broadcasts over batch or heads.
 //
-// Grid      persistent; a tile is 128 queries x kBlockN keys of the bias's own shape, which walks
-//           the (batch, head, query block, key block) that it sums up, in a fixed order: no
-//           atomics, one rounding, nothing of N x N in memory.
+// Grid      persistent; a tile is 128 queries x 128 keys of the bias's own shape, which walks the
+//           batches and heads that it sums up, in a fixed order: no atomics, one rounding, nothing
+//           of N x N in memory.
 // Roles     thread 0 loads; warpgroups 1 and 2: 64 queries each. For each block
 //             S = Q K^T, P = exp(S - lse);  dP = dO V^T, dS = P o (dP - delta), added in registers
 // Shared    a ring of slots: Q with K, dO with V, Q with K ..., each with its PairBlock; the tile
@@ -31,24 +32,21 @@ struct BiasTraits {
   using Element = Element_;
   static constexpr bool kGeneral = true;
   static constexpr int kHeadDim = kHeadDim_, kChunks = kHeadDim / 64;
-  static constexpr int kBlockM = 128, kBlockN = kHeadDim > 128 ? 64 : 128;
-  static constexpr int kSlots = kHeadDim == 64 ? 4 : kHeadDim == 128 ? 3 : 2;
+  static constexpr int kBlockM = 128, kBlockN = 128;
+  static constexpr int kSlots = kHeadDim == 64 ? 4 : 3;
   static constexpr int kThreads = 384, kLoadRegisters = 40, kMmaRegisters = 232, kMmaWarps = 8;
   using Tile = BiasTile<kBlockM, kBlockN>;
 
   struct SharedStorage {
     uint16_t slot[kSlots][(kBlockM + kBlockN) * kChunks * 64];  // rows of queries, rows of keys
-    union {
-      uint8_t bias[kBlockM * kBlockN * 2];
-      float column_sums[kMmaWarps][kBlockN];  // of a bias with one row
-    };
+    uint8_t bias[kBlockM * kBlockN * 2];
     PairBlock block[kSlots];
     uint64_t full[kSlots], empty[kSlots], bias_full, bias_empty;
   };
   static_assert(sizeof(SharedStorage) <= 232448, "exceeds the shared memory of one SM");
 };
 
-/// f(block) for all blocks of pairs that a tile visits.
+/// f(block) for all blocks of pairs that a tile sums up and the mask visits.
 template <class Traits, class F>
 FLASH_DEVICE void for_each_block(const BackwardParams& p, const typename Traits::Tile& tile,
                                  F&& f) {
@@ -71,13 +69,6 @@ FLASH_DEVICE void for_each_block(const BackwardParams& p, const typename Traits:
       }
     }
   }
-}
-
-/// Whether a tile of the bias waits in shared memory: its rows and columns are those of the blocks,
-/// and not one row.
-FLASH_DEVICE bool is_bias_staged(const BackwardParams& p, const PairTiles& pairs) {
-  return pairs.kind == PairKind::kBias && p.bias_shape[2] == p.q_layout.max &&
-         p.bias_shape[2] > 1 && p.bias_shape[3] == p.k_layout.max;
 }
 
 template <class Traits>
@@ -120,7 +111,7 @@ struct BlockLoads {  // of one thread
     bias_parity ^= 1;
   }
   FLASH_DEVICE void run(int num_tiles) {
-    const bool is_staged = is_bias_staged(p, maps.pairs);
+    const bool is_staged = maps.pairs.kind == PairKind::kBias;
     for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
       const auto tile = Traits::Tile::of(p, index);
       bool is_first = true;
@@ -205,37 +196,6 @@ struct BiasCompute {
     for (int i = 0; i < kCount; ++i) sums[i] += accdP[i];
   }
 
-  /// A bias with one row: the sum over the queries, in all rows.
-  FLASH_DEVICE void sum_rows() {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (i / 2 % 2) continue;
-      float sum = sums[i] + sums[i + 2];
-#pragma unroll
-      for (int mask = 4; mask < 32; mask *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
-      if (lane < 4) shared.column_sums[warpgroup * 4 + warp][i / 4 * 8 + lane * 2 + i % 2] = sum;
-    }
-    ptx::named_barrier_sync(1, 256);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      sums[i] = 0.f;
-      for (int w = 0; w < Traits::kMmaWarps; ++w)
-        sums[i] += shared.column_sums[w][i / 4 * 8 + (lane & 3) * 2 + i % 2];
-    }
-    ptx::named_barrier_sync(1, 256);  // before another tile writes them
-  }
-  /// A bias with one column: the sum over the keys, in the first column.
-  FLASH_DEVICE void sum_columns() {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float sum = 0.f;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i)
-        if (i / 2 % 2 == r) sum += sums[i];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sums[2 * r] = sum + __shfl_xor_sync(0xffffffffu, sum, 2);
-    }
-  }
   template <class T>
   FLASH_DEVICE void store(const typename Traits::Tile& tile) const {
     const int rows = p.bias_shape[2], columns = p.bias_shape[3];
@@ -255,8 +215,6 @@ struct BiasCompute {
   }
 
   FLASH_DEVICE void finish_tile(const typename Traits::Tile& tile) {
-    if (p.bias_shape[2] == 1) sum_rows();
-    if (p.bias_shape[3] == 1) sum_columns();
     if (p.features.score_mod.bias_is_float32) {
       store<float>(tile);
     } else {
@@ -267,7 +225,7 @@ struct BiasCompute {
   }
 
   FLASH_DEVICE void run() {
-    const bool is_staged = is_bias_staged(p, maps.pairs);
+    const bool is_staged = maps.pairs.kind == PairKind::kBias;
     int index = blockIdx.x;
     while (true) {
       ptx::mbarrier_wait(&shared.full[ring.stage], ring.parity);

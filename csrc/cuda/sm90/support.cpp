@@ -87,8 +87,8 @@ bool writes_bias_gradient(const BackwardParams& p) {
 }
 
 bool sums_bias_gradient(const BackwardParams& p) {
-  return p.bias_shape[2] == p.q_layout.max && p.bias_shape[3] == p.k_layout.max &&
-         p.features.score_mod.bias.q_stride != 0;
+  return backward_head_dim(p) <= 128 && p.bias_shape[2] == p.q_layout.max &&
+         p.bias_shape[3] == p.k_layout.max && p.features.score_mod.bias.q_stride != 0;
 }
 
 int64_t forward_workspace_bytes(const ForwardParams&) { return sizeof(unsigned); }

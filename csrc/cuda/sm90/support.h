@@ -20,8 +20,8 @@ bool gradients_are_aligned(const BackwardParams& p);
 /// Whether the backward's kernel writes dbias: that of a bias in the dtype of q which no dimension
 /// broadcasts is dS, block for block.
 bool writes_bias_gradient(const BackwardParams& p);
-/// Whether launch_bias_gradient can: the bias has all rows and columns, and does not take keys away
-/// from every query.
+/// Whether launch_bias_gradient can: head dims to 128, and the bias has all rows and columns, so
+/// that it does not take keys away from every query.
 bool sums_bias_gradient(const BackwardParams& p);
 
 /// Late rows see more keys than early ones: tiles differ in work.
@@ -37,7 +37,7 @@ int backward_head_dim(const ForwardParams& p);
 int64_t forward_workspace_bytes(const ForwardParams& p);
 int64_t backward_workspace_bytes(const BackwardParams& p);
 
-/// dbias from a complete delta, where sums_bias_gradient(). kHeadDim 64, 128 or 256 holds both.
+/// dbias from a complete delta, where sums_bias_gradient(). kHeadDim 64 or 128 holds both.
 template <int kHeadDim>
 void launch_bias_gradient(const BackwardParams& p, const RowView& delta, void* stream);
 
