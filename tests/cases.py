@@ -145,6 +145,7 @@ CASES = [
     Case("packed_features", heads=4, heads_k=2, lengths_q=(31, 66, 1), lengths_k=(31, 66, 20),
          alibi="bh", softcap=4.0, dropout_p=0.3, sink=True, causal="bottom_right"),
     Case("dense_seqused", 3, seqused_k=(65, 17, 0)),
+    Case("dense_seqused_bias", seqlen_q=136, seqlen_k=136, seqused_k=(100, 40), bias="bhqk"),
     # Strides.
     Case("layout_blhd", layout="blhd"),
     Case("layout_lbhd_causal", layout="lbhd", causal="top_left"),

@@ -142,6 +142,13 @@ def _poison_unused_rows(case, q, k, v, dout):
                 t[b, :, length:] = math.nan
 
 
+def _poison_unused_pairs(case, bias):
+    for b, length in enumerate(case.seqused_k or ()):
+        if "b" in case.bias and "k" in case.bias:
+            bias[b, :, :, length:] = math.nan
+    return bias
+
+
 def make_inputs(case, dtype_name, device="cpu"):
     dtype, source = getattr(torch, dtype_name), _Source(case.name + dtype_name)
     packed = case.lengths_q is not None
@@ -180,7 +187,7 @@ def make_inputs(case, dtype_name, device="cpu"):
         if used is not None:
             tensors[name] = torch.tensor(used, dtype=torch.int32)
     if case.bias is not None:
-        tensors["bias"] = _make_bias(case, source, dtype)
+        tensors["bias"] = _poison_unused_pairs(case, _make_bias(case, source, dtype))
     if case.mask is not None:
         tensors["mask"] = _make_mask(case, source)
     if case.alibi is not None:

@@ -213,8 +213,10 @@ void backward(const BackwardParams& p, const Launch& launch) {
     fill_gradient<kDType>(p.dk, p.k_layout, p.num_heads_k, p.batch, p.head_dim, stream);
     fill_gradient<kDType>(p.dv, p.k_layout, p.num_heads_k, p.batch, p.head_dim_v, stream);
     const bool is_sm90 = spec.arch == Arch::kSm90;
-    if (is_sm90) backward_sm90(spec, p, workspace + parts.scratch, stream);
-    const bool wants_dbias = p.dbias && !(is_sm90 && sm90::writes_bias_gradient(p));
+    const bool with_dbias = is_sm90 && sm90::writes_bias_gradient(p);
+    if (is_sm90 && (p.dq.data || p.dk.data || p.dv.data || with_dbias))
+      backward_sm90(spec, p, workspace + parts.scratch, stream);
+    const bool wants_dbias = p.dbias && !with_dbias;
     // sm90's kernels have a delta of their own.
     if (is_sm90 && !wants_dbias && !p.dslopes && !p.dsink) return;
     launch_backward_delta<kDType>(p, delta, stream);

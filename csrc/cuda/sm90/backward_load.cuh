@@ -11,9 +11,9 @@ namespace flash::cuda::sm90 {
 struct BackwardMaps {
   TmaTensor q, k, v, dout;  ///< boxes of 64 columns
   // General variant:
-  PairTiles pairs;
-  CUtensorMap dbias;  ///< boxes of kBlockM queries x 64 keys
-  bool has_dbias;     ///< the kernel writes it
+  PairTiles pairs{};
+  CUtensorMap dbias{};     ///< boxes of kBlockM queries x 64 keys
+  bool has_dbias = false;  ///< the kernel writes it
 };
 
 /// Rows [row, + rows) of one sequence and head, kChunks chunks from column on; the bytes are

@@ -146,6 +146,8 @@ FLASH_DEVICE BackwardTileId backward_tile(const BackwardParams& p, const Backwar
   BlockRanges blocks{};
   if (n_block * Traits::kBlockN < k.length)  // else other sequences are longer
     blocks = p.mask_of(q, k).query_blocks<Traits::kBlockM, Traits::kBlockN>(n_block);
+  if ((n_block + 1) * Traits::kBlockN > k.length)  // keys beyond the end keep nothing
+    blocks.full = {blocks.visit.end, blocks.visit.end};
   return {n_block, head % p.num_heads_k, batch, q, k, blocks.visit, blocks.full};
 }
 

@@ -71,6 +71,12 @@ FLASH_DEVICE void for_each_block(const BackwardParams& p, const typename Traits:
   }
 }
 
+/// Whether a tile of the bias waits in shared memory: its rows and columns are those of the blocks.
+FLASH_DEVICE bool is_bias_staged(const BackwardParams& p, const PairTiles& pairs) {
+  return pairs.kind == PairKind::kBias && p.bias_shape[2] == p.q_layout.max &&
+         p.bias_shape[3] == p.k_layout.max;
+}
+
 template <class Traits>
 struct BlockLoads {  // of one thread
   static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
@@ -111,7 +117,7 @@ struct BlockLoads {  // of one thread
     bias_parity ^= 1;
   }
   FLASH_DEVICE void run(int num_tiles) {
-    const bool is_staged = maps.pairs.kind == PairKind::kBias;
+    const bool is_staged = is_bias_staged(p, maps.pairs);
     for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
       const auto tile = Traits::Tile::of(p, index);
       bool is_first = true;
@@ -225,7 +231,7 @@ struct BiasCompute {
   }
 
   FLASH_DEVICE void run() {
-    const bool is_staged = maps.pairs.kind == PairKind::kBias;
+    const bool is_staged = is_bias_staged(p, maps.pairs);
     int index = blockIdx.x;
     while (true) {
       ptx::mbarrier_wait(&shared.full[ring.stage], ring.parity);
