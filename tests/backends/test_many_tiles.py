@@ -16,14 +16,16 @@ FEATURES = {
     "bias": {"bias": "bhqk", "causal": "top_left"},
     "bias_heads": {"bias": "qk"},
     "dropout": {"dropout_p": 0.2, "heads_k": 5},
+    "chunk": {"batch": 2, "seqlen_q": 1040, "seqlen_k": 1060, "causal": "bottom_right"},
+    "end_of_window": {"batch": 2, "seqlen_q": 1069, "seqlen_k": 1069, "window": (16, 0)},
     "softcap": {"softcap": 5.0, "alibi": "h", "sink": True},
 }
+SIZES = {"batch": 1, "heads": 20, "seqlen_q": 1000, "seqlen_k": 1040}
 CASES = [
-    Case(f"many_tiles_{name}_{dim}_{dim_v}", 1, 20, seqlen_q=1000, seqlen_k=1040, head_dim=dim,
-         head_dim_v=dim_v, **features)
-    for dim, dim_v in ((64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256))
+    Case(f"many_tiles_{name}_{d}_{d_v}", **SIZES | features, head_dim=d, head_dim_v=d_v)
+    for d, d_v in ((64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256))
     for name, features in FEATURES.items()
-]  # fmt: skip
+]
 
 
 @pytest.mark.cuda

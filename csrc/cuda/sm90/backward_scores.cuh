@@ -127,6 +127,14 @@ struct BackwardScores {
     for (int i = 0; i < kCount; ++i) rP[i] = positive_part<Element>(rP[i]);
   }
 
+  /// The value, or 0 where the weight is. Not by "?": the compiler would branch round the value,
+  /// and serialise the products of wgmma (C7511).
+  FLASH_DEVICE static float unless_zero(float weight, float value) {
+    asm("{ .reg .pred p; setp.eq.f32 p, %1, 0f00000000; selp.f32 %0, 0f00000000, %0, p; }"
+        : "+f"(value)
+        : "f"(weight));
+    return value;
+  }
   /// dS in place of dP; 0 where P is. kIsClean: dP is finite there, because K and V are zeros where
   /// nobody attends; asking costs 4 to 6 % of the fused kernel.
   template <bool kIsClean = false, int kCount, class Values>
@@ -141,14 +149,8 @@ struct BackwardScores {
       }
     }
     const auto value = [](float weight, float dp, float d) {
-      float value = fabsf(weight) * (dp - d);
-      // Not "?": the compiler would branch around the product, and serialise those of wgmma
-      // (C7511).
-      if constexpr (!kIsClean)
-        asm("{ .reg .pred p; setp.eq.f32 p, %1, 0f00000000; selp.f32 %0, 0f00000000, %0, p; }"
-            : "+f"(value)
-            : "f"(weight));
-      return value;
+      const float ds = fabsf(weight) * (dp - d);
+      return kIsClean ? ds : unless_zero(weight, ds);
     };
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j) {
@@ -160,10 +162,11 @@ struct BackwardScores {
       accdP[4 * j + 3] = value(high.y, accdP[4 * j + 3], d.w);
     }
   }
-  /// Two weights times their slopes: dS is linear in P.
+  /// Two weights times their slopes: dS is linear in P. The slope of a masked pair may be NaN.
   FLASH_DEVICE static uint32_t scaled(uint32_t weights, uint32_t slopes) {
     const float2 weight = unpack<Element>(weights), slope = unpack<__half>(slopes);
-    return pack<Element>(weight.x * slope.x, weight.y * slope.y);
+    return pack<Element>(unless_zero(weight.x, weight.x * slope.x),
+                         unless_zero(weight.y, weight.y * slope.y));
   }
   /// dL/d(score) -> dL/d(scale q.k), by the slopes of modify().
   template <int kCount>

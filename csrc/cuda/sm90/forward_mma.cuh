@@ -211,7 +211,8 @@ struct ForwardMma {
     const IntervalMask next_mask = p.mask_of(next.q, next.k);
     const int next_row = next.m_block * kBlockM + warpgroup * 64;
     const Range visit = key_blocks<kBlockN>(next_mask, next.m_block * kBlockM, kBlockM).visit;
-    const BlockRanges own = key_blocks_within<kBlockN>(next_mask, next_row, visit);
+    const BlockRanges own =
+        key_blocks_within<kBlockN, Traits::KeyValueRing::kMostSkipped>(next_mask, next_row, visit);
     sQ = shared_address(shared.q[q_ring.stage]) + warpgroup * 64 * 128;
     Place keys = ring.keys(), unseen_values{};
     for (int n = visit.end; n > own.visit.end; --n) {  // no row here sees a key of this block

@@ -58,12 +58,15 @@ FLASH_DEVICE BlockRanges key_blocks(const IntervalMask& mask, int row, int rows)
   return {visit, {full_begin, max(full_begin, full_end)}};
 }
 
-/// The rows of one warpgroup within the tile of the CTA. It skips the blocks above its own last
-/// one; below its own first one everything is masked.
-template <int kBlockN>
+/// The rows of one warpgroup within the tile of the CTA. It leaves out at most kMostSkipped of the
+/// blocks above its own last one, as many as its ring of K and V holds beside the V in hand; in the
+/// others, and below its own first one, everything is masked.
+template <int kBlockN, int kMostSkipped>
 FLASH_DEVICE BlockRanges key_blocks_within(const IntervalMask& mask, int row, Range tile) {
+  static_assert(kMostSkipped >= 1, "the last tile of a head may end after one of its warpgroups");
   const BlockRanges own = key_blocks<kBlockN>(mask, row, 64);
-  const int end = max(tile.begin + 1, min(own.visit.end, tile.end));
+  const int first_end = max(tile.begin + 1, tile.end - kMostSkipped);
+  const int end = max(first_end, min(own.visit.end, tile.end));
   const int full_begin = min(max(own.full.begin, tile.begin), end);
   return {{tile.begin, end}, {full_begin, max(full_begin, min(own.full.end, end))}};
 }

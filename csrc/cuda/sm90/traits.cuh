@@ -127,6 +127,9 @@ struct Place {
 /// One ring: every stage is of use for whatever comes next.
 template <int kStages>
 struct OneRing {
+  /// After the V in hand come K, K, V, K, V ... of a tile: its n blocks that are left out, before
+  /// that V is given back, need 2 n + 2 stages.
+  static constexpr int kMostSkipped = (kStages - 3) / 2;
   Ring<kStages> at{kStages - 1, 1};  // of the block before
 
   FLASH_DEVICE Place keys() {
@@ -144,7 +147,7 @@ struct OneRing {
 /// A ring each: one position to move in a step, not two.
 template <int kStages>
 struct TwoRings {
-  static constexpr int kHalf = kStages / 2;
+  static constexpr int kHalf = kStages / 2, kMostSkipped = kHalf - 1;
   Ring<kHalf> at{kHalf - 1, 1};  // of the K before
 
   FLASH_DEVICE Place keys() {
