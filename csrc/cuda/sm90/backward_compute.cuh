@@ -56,10 +56,6 @@ struct BackwardCompute {
         sV(shared_address(storage.v) + warpgroup * 64 * 128),
         general(tensors, params, storage, warpgroup_index) {}
 
-  FLASH_DEVICE void release(uint64_t* barrier) const {  // one arrival per warp
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(barrier);
-  }
   FLASH_DEVICE uint32_t ds_chunk(int stage) const {
     return shared_address(shared.ds[stage]) + warpgroup * kBlockM * 128;
   }

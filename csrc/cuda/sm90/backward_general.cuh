@@ -30,10 +30,6 @@ struct GeneralStep {
         scores{p} {}
 
   FLASH_DEVICE int lane() const { return threadIdx.x & 31; }
-  FLASH_DEVICE void release(uint64_t* barrier) const {  // one arrival per warp
-    __syncwarp();
-    if (lane() == 0) ptx::mbarrier_arrive(barrier);
-  }
   FLASH_DEVICE uint32_t ds_chunk() const {
     return shared_address(shared.ds[0]) + warpgroup * kBlockM * 128;
   }

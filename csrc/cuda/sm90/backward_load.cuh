@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/sm90/backward_traits.cuh"
-#include "cuda/sm90/pair_tiles.h"
+#include "cuda/sm90/pair_loads.cuh"
 #include "cuda/sm90/unattended_keys.cuh"
 
 namespace flash::cuda::sm90 {
@@ -53,21 +53,9 @@ FLASH_DEVICE void load_pairs(const PairTiles& pairs, typename Traits::SharedStor
                              Ring<Traits::kPairStages>& ring, int m_block, int n_block, int head,
                              int batch) {
   if (pairs.kind == PairKind::kNone) return;
-  uint64_t* const full = &shared.pairs.full[ring.stage];
-  const auto load = [&]<class T>(T) {
-    using Layout = PairTileLayout<T, Traits::kBlockM, Traits::kBlockN>;
-    ptx::mbarrier_expect_bytes(full, Layout::kBoxes * Layout::kBoxBytes);
-#pragma unroll
-    for (int box = 0; box < Layout::kBoxes; ++box)
-      ptx::tma_load_4d(shared_address(shared.pairs.tile[ring.stage]) + box * Layout::kBoxBytes,
-                       pairs.map, full, n_block * Traits::kBlockN + box * Layout::kBoxCols,
-                       m_block * Traits::kBlockM, head, batch, ptx::kEvictFirst);
-  };
   ptx::mbarrier_wait(&shared.pairs.empty[ring.stage], ring.parity ^ 1);
-  if (pairs.kind == PairKind::kBias)
-    load(typename Traits::Element());
-  else
-    load(uint8_t());
+  load_pair_tile<Traits>(pairs, shared.pairs.tile[ring.stage], &shared.pairs.full[ring.stage],
+                         m_block, n_block, head, batch);
   ring.advance();
 }
 

@@ -105,11 +105,6 @@ struct KeysCompute {
         hides_keys(Traits::kGeneral && has_unattended_keys(params)),
         scores{params} {}
 
-  FLASH_DEVICE void release(uint64_t* barrier) const {  // one arrival per warp
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(barrier);
-  }
-
   /// dV += P^T dO of the last block, one group; or dK += dS^T Q, a group for each part of Q.
   FLASH_DEVICE void issue_gradient() {
     if constexpr (kMakesDv) {

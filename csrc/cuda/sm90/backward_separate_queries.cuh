@@ -155,11 +155,6 @@ struct QueriesCompute {
         maps(tensors),
         scores{params} {}
 
-  FLASH_DEVICE void release(uint64_t* barrier) const {  // one arrival per warp
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(barrier);
-  }
-
   FLASH_DEVICE void issue_dq() {
     issue_fragment_by_rows<Element, kHeadDim, kBlockN>(accdQ, rdS, shared.k[previous.stage]);
   }

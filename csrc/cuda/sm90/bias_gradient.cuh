@@ -106,14 +106,9 @@ struct BlockLoads {  // of one thread
     ring.advance();
   }
   FLASH_DEVICE void load_bias(const PairBlock& block) {
-    using Layout = PairTileLayout<typename Traits::Element, kBlockM, kBlockN>;
     ptx::mbarrier_wait(&shared.bias_empty, bias_parity);
-    ptx::mbarrier_expect_bytes(&shared.bias_full, Layout::kBoxes * Layout::kBoxBytes);
-#pragma unroll
-    for (int box = 0; box < Layout::kBoxes; ++box)
-      ptx::tma_load_4d(shared_address(shared.bias) + box * Layout::kBoxBytes, maps.pairs.map,
-                       &shared.bias_full, block.n_block * kBlockN + box * Layout::kBoxCols,
-                       block.m_block * kBlockM, block.head, block.batch, ptx::kEvictFirst);
+    load_pair_tile<Traits>(maps.pairs, shared.bias, &shared.bias_full, block.m_block, block.n_block,
+                           block.head, block.batch);
     bias_parity ^= 1;
   }
   FLASH_DEVICE void run(int num_tiles) {
@@ -151,10 +146,6 @@ struct BiasCompute {
   Ring<Traits::kSlots> ring;
   int bias_parity = 0;
 
-  FLASH_DEVICE void release(uint64_t* barrier) const {  // one arrival per warp
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(barrier);
-  }
   /// The first of this thread's two rows, from that of the tile.
   FLASH_DEVICE int own_row() const { return warpgroup * 64 + warp * 16 + lane / 4; }
 

@@ -3,7 +3,7 @@
 // a third loads tiles of a bias or mask, and a warp cleans K and V.
 #pragma once
 
-#include "cuda/sm90/pair_tiles.h"
+#include "cuda/sm90/pair_loads.cuh"
 #include "cuda/sm90/scheduler.cuh"
 #include "cuda/sm90/unattended_keys.cuh"
 
@@ -193,24 +193,12 @@ template <class Traits>
 FLASH_DEVICE void load_pairs(const PairTiles& pairs, const ForwardParams& p,
                              typename Traits::SharedStorage& shared) {
   Ring<Traits::kPairStages> ring;
-  const auto load = [&]<class T>(const TileId& tile, int n, T) {
-    using Layout = PairTileLayout<T, Traits::kBlockM, Traits::kBlockN>;
-    uint64_t* const full = &shared.pairs.full[ring.stage];
-    ptx::mbarrier_expect_bytes(full, Layout::kBoxes * Layout::kBoxBytes);
-#pragma unroll
-    for (int box = 0; box < Layout::kBoxes; ++box)
-      ptx::tma_load_4d(shared_address(shared.pairs.tile[ring.stage]) + box * Layout::kBoxBytes,
-                       pairs.map, full, n * Traits::kBlockN + box * Layout::kBoxCols,
-                       tile.m_block * Traits::kBlockM, tile.head, tile.batch, ptx::kEvictFirst);
-  };
   follow_tiles<Traits>(shared, [&](const TileId& tile) {
     const Range blocks = tile_key_blocks<Traits>(p, tile);
     for (int n = blocks.end - 1; n >= blocks.begin; --n) {
       ptx::mbarrier_wait(&shared.pairs.empty[ring.stage], ring.parity ^ 1);
-      if (pairs.kind == PairKind::kBias)
-        load(tile, n, typename Traits::Element());
-      else
-        load(tile, n, uint8_t());
+      load_pair_tile<Traits>(pairs, shared.pairs.tile[ring.stage], &shared.pairs.full[ring.stage],
+                             tile.m_block, n, tile.head, tile.batch);
       ring.advance();
     }
   });

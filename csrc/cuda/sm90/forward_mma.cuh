@@ -80,15 +80,11 @@ struct ForwardMma {
     return {p, tile, row(0), pair_tiles.kind, pair_tile};
   }
 
-  FLASH_DEVICE void release(uint64_t* empty) const {  // one arrival per warp
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(empty);
-  }
   FLASH_DEVICE void await(Place at) const { ptx::mbarrier_wait(&kv_ready[at.stage], at.parity); }
-  FLASH_DEVICE void release(Place at) const { release(&shared.kv_empty[at.stage]); }
+  FLASH_DEVICE void give_back(Place at) const { release(&shared.kv_empty[at.stage]); }
   FLASH_DEVICE void skip(Place at) const {
     await(at);
-    release(at);
+    give_back(at);
   }
   FLASH_DEVICE void take_turn() const {
     if (Traits::kTakeTurns) ptx::named_barrier_sync(turn, 256);
@@ -180,7 +176,7 @@ struct ForwardMma {
     pass_turn();
     ptx::wgmma_wait<1>();  // S is there, O still runs
     ptx::pin(accS);
-    release(keys);
+    give_back(keys);
     if (kStep == Step::kMasked) make_scores(accS);
     if (kStep == Step::kFull && Traits::kKeepsMaximum) {
       softmax.keep(accS);
@@ -192,7 +188,7 @@ struct ForwardMma {
     ptx::pin(accS);        // the softmax stays above the wait, under the second product
     ptx::wgmma_wait<0>();  // O is there, rP is free
     ptx::pin(accO), ptx::pin(rP);
-    release(values);
+    give_back(values);
     take_weights(accS, first_column());
     if (!(kStep == Step::kFull && Traits::kKeepsMaximum) && softmax.any_rescale()) {
 #pragma unroll
@@ -240,7 +236,7 @@ struct ForwardMma {
       ptx::wgmma_wait<0>();
     }
     ptx::pin(accS);
-    release(keys);
+    give_back(keys);
     if (visit.end > own.visit.end) skip(unseen_values);
     tile = next;
     mask = next_mask;
@@ -257,7 +253,7 @@ struct ForwardMma {
     if (kTileInHand) {
       ptx::wgmma_wait<0>();
       ptx::pin(accO), ptx::pin(rP);
-      release(values);
+      give_back(values);
     }
     take_weights(accS, first_column());
     if (kTileInHand) put_output(old_q, &shared.o_full[old_stage][warpgroup]);
@@ -340,7 +336,7 @@ struct ForwardMma {
     finish_rows();
     ptx::wgmma_wait<0>();
     ptx::pin(accO);
-    release(values);
+    give_back(values);
     if (Traits::kStoresThroughQ) {
       put_output(sQ, &shared.o_full[q_stage][warpgroup]);
     } else {

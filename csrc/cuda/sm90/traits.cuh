@@ -217,6 +217,12 @@ struct ForwardTraits : Tile {
   static_assert(sizeof(SharedStorage) <= 232448, "exceeds the shared memory of one SM");
 };
 
+/// One arrival for a warp, when all of its lanes are done with what the barrier guards.
+FLASH_DEVICE void release(uint64_t* barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
+}
+
 /// A value that steers a loop, told to ptxas to be equal in all lanes (REDUX writes a uniform
 /// register). Without it, ring positions and descriptors of the main loop leave the uniform
 /// registers: 44 R2UR a step, 6-11 % slower.
