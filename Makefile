@@ -37,7 +37,8 @@ test: build ## every test that this machine can run
 test-gpu: python ## the grid of cases on a GPU; results in build/test-gpu.json
 	@$(NEEDS) build gpu
 	FLASH_ATTN_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m pytest -q tests/backends --json build/test-gpu.json $(TESTS)
+	$(PYTHON) -m pytest -q -n auto --maxprocesses 14 tests/backends -k "not cpu" \
+	  --json build/test-gpu.json $(TESTS)
 
 test-cpp: ## C++ tests of the layers below torch
 	$(PYTHON3) csrc/build_kernels.py tests $(if $(CUDA),--cuda)
