@@ -6,8 +6,9 @@ in the tested dtype. A result passes when its error is at most twice that of `ea
 rounding of the largest value, in the maximum and in the root of the mean square. `eager` can be
 lucky, down to an error of 0; so there are four allowances, each with its reason:
 
-- Few rows: each score may be off by its last two bits, (1 + max|s|) 2^-22, more for a head_dim
-  beyond 64, as a sum of random roundings grows; times the terms that a result is a sum of.
+- Few rows, or few values as their head_dim is small: each score may be off by its last two bits,
+  (1 + max|s|) 2^-22, more for a head_dim beyond 64, as a sum of random roundings grows; times the
+  terms that a result is a sum of.
 - Gradients of float32: P is computed anew as exp(s - lse), where eager has it exactly normalised;
   the same error of a score, times the largest gradient.
 - All gradients but dv: delta = rowsum(dO o O) carries the rounding of out, where eager has the sum
@@ -38,6 +39,7 @@ UNIT = {
     torch.float64: 2.0**-53,
 }
 FEW_ROWS = 1024
+FEW_VALUES = 64 * FEW_ROWS
 FEW_KEYS = 8
 DRAWS = 4
 
@@ -208,7 +210,7 @@ def _allowance(true, name, tensor):
     if dtype == torch.float64:
         return 16 * spacing + _score_error(true) * max(true.size[name], _largest(tensor))
     rows = tensor.numel() // max(tensor.shape[-1], 1) if tensor.dim() else 1
-    if rows > FEW_ROWS:
+    if rows > FEW_ROWS and tensor.numel() > FEW_VALUES:
         return 2 * spacing
     return 2 * spacing + _score_error(true) * true.size[name]
 
