@@ -2,7 +2,7 @@
 """Draw the schedules of the Hopper kernels: `python docs/figures/hopper_schedule.py`.
 
 A model, not a measurement: one core, 4096 operations of the tensor cores and 16 exponentials a
-clock. docs/hopper.md has what the hardware counters say of the same kernels.
+clock. docs/hopper.md says what the hardware adds.
 """
 
 from __future__ import annotations

@@ -36,10 +36,7 @@ struct GeneralStep {
 
   FLASH_DEVICE void begin_head(const BackwardTileId& tile, int query_head) {
     n_block = to_uniform(tile.n_block);
-    scores.batch = to_uniform(tile.batch);
-    scores.head = to_uniform(query_head);
-    scores.seqlen_q = to_uniform(tile.q.length);
-    scores.seqlen_k = to_uniform(tile.k.length);
+    scores.begin_head(tile.batch, query_head, tile.q, tile.k);
   }
   /// Zeroes own keys of K and V that nobody attends. dQ, which reads those of the other warpgroup,
   /// follows a barrier of both.

@@ -46,23 +46,12 @@ BackwardMaps make_backward_maps(const BackwardParams& p) {
   return maps;
 }
 
-/// Blocks that no tile visits are not written.
-inline void clear_bias_gradient(const BackwardParams& p, void* stream) {
-  const bool is_bounded = p.mask.window_left < IntervalMask::kUnbounded ||
-                          p.mask.window_right < IntervalMask::kUnbounded;
-  if (!writes_bias_gradient(p) || !(is_bounded || is_ragged(p))) return;
-  const size_t bytes =
-      size_t(p.batch) * p.num_heads * p.q_layout.max * p.k_layout.max * element_bytes(p.dtype);
-  FLASH_CUDA_CHECK(cudaMemsetAsync(p.dbias, 0, bytes, static_cast<cudaStream_t>(stream)));
-}
-
 template <class Traits>
 void launch_backward_traits(const BackwardParams& p, const BackwardPlan& plan, void* workspace,
                             void* stream) {
   const BackwardSchedule schedule = make_backward_schedule(plan, p.deterministic, workspace);
   const BackwardMaps maps = make_backward_maps<Traits>(p);
   const int64_t query_blocks = int64_t{p.batch} * p.num_heads * plan.num_m_blocks;
-  if constexpr (Traits::kGeneral) clear_bias_gradient(p, stream);
   launch(prepare_kernel<Traits>, query_blocks, 256, 0, stream, p, schedule);
   launch(backward_kernel<Traits>, std::min(plan.num_tiles, num_multiprocessors()), Traits::kThreads,
          sizeof(typename Traits::SharedStorage), stream, maps, p, schedule);

@@ -41,6 +41,10 @@ struct BackwardScores {
   const ForwardParams& p;
   int batch, head, seqlen_q, seqlen_k;
 
+  FLASH_DEVICE void begin_head(int batch_, int head_, const Sequence& q, const Sequence& k) {
+    batch = to_uniform(batch_), head = to_uniform(head_);
+    seqlen_q = to_uniform(q.length), seqlen_k = to_uniform(k.length);
+  }
   FLASH_DEVICE float scale() const { return static_cast<float>(p.softmax_scale); }
   /// Whether scores are more than products times a positive scale.
   FLASH_DEVICE bool is_modified() const {
@@ -78,6 +82,16 @@ struct BackwardScores {
       for (int i = 0; i < ScoreBlock::kCount; ++i) acc[j + i] = scores.x[i];
       staged.column += ScoreBlock::kColumns;
     }
+  }
+
+  /// The same; the slopes stay in registers.
+  template <int kCount>
+  FLASH_DEVICE void modify(float (&acc)[kCount], int row, int column, Staged staged,
+                           uint32_t (&slopes)[kCount / 2]) const {
+    modify(acc, row, column, staged, [&](int j, const uint32_t (&of_block)[8]) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) slopes[8 * j + i] = of_block[i];
+    });
   }
 
   /// P = exp(unit S - lse) in 16 bits; at most 1, also for a huge score that is recomputed an ulp

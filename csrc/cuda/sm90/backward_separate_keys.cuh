@@ -172,19 +172,9 @@ struct KeysCompute {
   FLASH_DEVICE void make_general_weights(float (&accS)[kBlockM / 2], int m_block, bool is_masked) {
     uint32_t slopes[kBlockM / 4];
     const int query = m_block * kBlockM + (lane & 3) * 2;
-    const bool is_staged = maps.pairs.kind != PairKind::kNone;
-    if (is_staged) ptx::mbarrier_wait(&shared.pairs.full[pair_ring.stage], pair_ring.parity);
-    scores.modify(
-        accS, key, query,
-        {maps.pairs.kind, shared_address(shared.pairs.tile[pair_ring.stage]), warp * 16, 0},
-        [&](int j, const uint32_t (&of_block)[8]) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) slopes[8 * j + i] = of_block[i];
-        });
-    if (is_staged) {
-      release(&shared.pairs.empty[pair_ring.stage]);
-      pair_ring.advance();
-    }
+    with_pair_tile(maps.pairs, shared.pairs, pair_ring, [&](uint32_t tile) {
+      scores.modify(accS, key, query, {maps.pairs.kind, tile, warp * 16, 0}, slopes);
+    });
     if (is_masked || hides_keys) mask_scores<kBlockM>(kept, accS, m_block);
     scores.weights(fragment, accS, ColumnValues(shared.lse_log2[queries.stage]));
 #pragma unroll
@@ -271,9 +261,7 @@ struct KeysCompute {
 
   /// Query head g of a tile. A key that it does not attend keeps nothing, whatever lies there.
   FLASH_DEVICE void begin_head(const BackwardTileId& tile, int g) {
-    scores.batch = to_uniform(tile.batch);
-    scores.head = to_uniform(tile.head_k * p.gqa_ratio() + g);
-    scores.seqlen_q = to_uniform(tile.q.length), scores.seqlen_k = to_uniform(tile.k.length);
+    scores.begin_head(tile.batch, tile.head_k * p.gqa_ratio() + g, tile.q, tile.k);
     if (!hides_keys) return;
     kept = KeptColumns(p.mask_of(tile.q, tile.k).transposed(), key);
     const AttendedKeys<Element, Variant::kGeneral> attended{p.features.score_mod, scores.batch,

@@ -17,7 +17,6 @@ void launch_separate_element(const BackwardParams& p, const BackwardPlan& plan, 
   BackwardSchedule schedule = make_backward_schedule(plan, /*deterministic=*/false, workspace);
   const int heads = p.batch * p.num_heads;
   schedule.num_m_blocks = plan.num_m_blocks * (Queries::kBlockM / Keys::kBlockM);
-  if constexpr (Keys::kGeneral) clear_bias_gradient(p, stream);
   launch(prepare_kernel<Keys>, int64_t{heads} * schedule.num_m_blocks, 256, 0, stream, p, schedule);
   const int sms = num_multiprocessors();
   const bool wants_keys = plan.num_tiles > 0 && (p.dk.data || p.dv.data);

@@ -228,19 +228,10 @@ struct QueriesCompute {
                                      int n_block, bool is_masked, F&& meet_dp) {
     uint32_t rP[kBlockN / 4], slopes[kBlockN / 4];
     const int column = n_block * kBlockN + (lane & 3) * 2;
-    const bool is_staged = maps.pairs.kind != PairKind::kNone;
-    if (is_staged) ptx::mbarrier_wait(&shared.pairs.full[pair_ring.stage], pair_ring.parity);
-    scores.modify(accS, row, column,
-                  {maps.pairs.kind, shared_address(shared.pairs.tile[pair_ring.stage]),
-                   warpgroup * 64 + warp * 16 + lane / 4, 0},
-                  [&](int j, const uint32_t (&of_block)[8]) {
-#pragma unroll
-                    for (int i = 0; i < 8; ++i) slopes[8 * j + i] = of_block[i];
-                  });
-    if (is_staged) {
-      release(&shared.pairs.empty[pair_ring.stage]);
-      pair_ring.advance();
-    }
+    with_pair_tile(maps.pairs, shared.pairs, pair_ring, [&](uint32_t tile) {
+      scores.modify(accS, row, column,
+                    {maps.pairs.kind, tile, warpgroup * 64 + warp * 16 + lane / 4, 0}, slopes);
+    });
     if (is_masked) mask_scores<kBlockN>(kept, accS, n_block);
     scores.weights(rP, accS, RowValues{lse_log2});
     if (scores.has_dropout()) scores.mark_dropped(rP, row, column);
@@ -250,7 +241,7 @@ struct QueriesCompute {
     if (scores.has_slopes()) scores.through_slopes(accdP, slopes);
   }
 
-  /// dbias of a block is its dS. Pairs outside of the sequences are 0, or cleared before.
+  /// dbias of a block is its dS. Pairs outside of the sequences are 0, or stay as they come.
   FLASH_DEVICE void store_bias_gradient(const float (&accdS)[kBlockN / 2], int n_block) const {
     const int64_t row_stride = p.k_layout.max, head_stride = row_stride * p.q_layout.max;
     const TensorView dbias{static_cast<uint16_t*>(p.dbias) + n_block * kBlockN,
@@ -270,10 +261,7 @@ struct QueriesCompute {
     const int full_begin = to_uniform(full.begin), full_end = to_uniform(full.end);
     const int end = to_uniform(tile.visit.end);
     int n_block = to_uniform(tile.visit.begin);
-    if constexpr (Traits::kGeneral) {
-      scores.batch = to_uniform(tile.batch), scores.head = to_uniform(tile.head);
-      scores.seqlen_q = to_uniform(tile.q.length), scores.seqlen_k = to_uniform(tile.k.length);
-    }
+    if constexpr (Traits::kGeneral) scores.begin_head(tile.batch, tile.head, tile.q, tile.k);
     step</*kIsFirst=*/true>(n_block, n_block < full_begin || n_block >= full_end,
                             n_block + 1 == end);
     ++n_block;

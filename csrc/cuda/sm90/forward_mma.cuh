@@ -131,22 +131,11 @@ struct ForwardMma {
       }
     }
   }
-  /// f(address of the tile of pairs, if there is one), which is then free for another block.
-  template <class F>
-  FLASH_DEVICE void with_pair_tile(F&& f) {
-    if constexpr (Traits::kGeneral) {
-      const bool is_staged = pair_tiles.kind != PairKind::kNone;
-      if (is_staged) ptx::mbarrier_wait(&shared.pairs.full[pair_ring.stage], pair_ring.parity);
-      f(shared_address(shared.pairs.tile[pair_ring.stage]));
-      if (!is_staged) return;
-      release(&shared.pairs.empty[pair_ring.stage]);
-      pair_ring.advance();
-    }
-  }
   /// Products become scores; blocks at the edge of the mask lose what it drops.
   FLASH_DEVICE void make_scores(float (&accS)[kBlockN / 2]) {
     if constexpr (Traits::kGeneral) {
-      with_pair_tile([&](uint32_t tile) { scores(tile).modify(accS, first_column()); });
+      with_pair_tile(pair_tiles, shared.pairs, pair_ring,
+                     [&](uint32_t tile) { scores(tile).modify(accS, first_column()); });
     }
     const bool is_inside = n_block >= blocks.full.begin && n_block < blocks.full.end;
     if (!Traits::kGeneral || !is_inside) apply_mask(accS);
@@ -214,7 +203,8 @@ struct ForwardMma {
     for (int n = visit.end; n > own.visit.end; --n) {  // no row here sees a key of this block
       skip(keys);
       if (n < visit.end) skip(unseen_values);
-      with_pair_tile([](uint32_t) {});
+      if constexpr (Traits::kGeneral)
+        with_pair_tile(pair_tiles, shared.pairs, pair_ring, [](uint32_t) {});
       take_turn();
       pass_turn();
       ring.step(keys, unseen_values);

@@ -5,9 +5,22 @@
 
 #include "cuda/common/score_block.cuh"
 #include "cuda/sm90/pair_tiles.h"
+#include "cuda/sm90/traits.cuh"
 #include "primitives/ptx/ldmatrix.cuh"
 
 namespace flash::cuda::sm90 {
+
+/// f(address of the tile of pairs, if there is one), which is then free for another block.
+template <class Storage, int kStages, class F>
+FLASH_DEVICE void with_pair_tile(const PairTiles& pairs, Storage& storage, Ring<kStages>& ring,
+                                 F&& f) {
+  const bool is_staged = pairs.kind != PairKind::kNone;
+  if (is_staged) ptx::mbarrier_wait(&storage.full[ring.stage], ring.parity);
+  f(shared_address(storage.tile[ring.stage]));
+  if (!is_staged) return;
+  release(&storage.empty[ring.stage]);
+  ring.advance();
+}
 
 /// `row` and `column` count from the corner of a tile of kBlockM queries x kBlockN keys.
 ///   kQueries  this thread's first row; the block's first column
