@@ -15,24 +15,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, H, N, d) -> (B, H, N, d), causal
+Attend = Callable[[Tensor], Tensor]  # q, k, v in one (B, N, 3, H, d) -> (B, N, H, d), causal
 
 
-def softmax_formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def heads_first(qkv: Tensor) -> list[Tensor]:
+    """q, k and v, each (B, H, N, d), as views."""
+    return [part.transpose(1, 2) for part in qkv.unbind(2)]
+
+
+def softmax_formula(qkv: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, word for word: three (B, H, N, N) tensors come and go."""
+    q, k, v = heads_first(qkv)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
     keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    return torch.softmax(scores.masked_fill(~keep, -math.inf), dim=-1).to(v.dtype) @ v
+    weights = torch.softmax(scores.masked_fill(~keep, -math.inf), dim=-1)
+    return (weights.to(v.dtype) @ v).transpose(1, 2)
 
 
-def torch_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def torch_sdpa(qkv: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*heads_first(qkv), is_causal=True).transpose(1, 2)
 
 
-def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    import flash_attn
+def ours(qkv: Tensor) -> Tensor:
+    """As torch_sdpa, but the gradient of qkv is one tensor and need not be gathered from three."""
+    from flash_attn import flash_attn_qkvpacked_func
 
-    return flash_attn.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return flash_attn_qkvpacked_func(qkv, causal=True)
 
 
 ATTENTION: dict[str, Attend] = {
@@ -71,9 +79,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         qkv = self.qkv(self.norm_attention(x)).view(batch, length, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, d), views of one projection
-        out = self.attend(q, k, v).transpose(1, 2).reshape(batch, length, width)
-        x = x + self.project(out)
+        x = x + self.project(self.attend(qkv).reshape(batch, length, width))
         return x + self.mlp(self.norm_mlp(x))
 
 

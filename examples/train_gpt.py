@@ -171,36 +171,38 @@ def report_training(runs: list[Run]) -> list[dict[str, Any]]:
 
 def report_parity(run: Run, text: Text, device: torch.device) -> list[dict[str, Any]]:
     """Largest errors against the formula in fp64, on q, k, v of the trained model's last layer."""
-    captured: list[tuple[Tensor, Tensor, Tensor]] = []
+    captured: list[Tensor] = []
 
-    def capture(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        captured.append((q.detach(), k.detach(), v.detach()))
-        return ATTENTION[run.name](q, k, v)
+    def capture(qkv: Tensor) -> Tensor:
+        captured.append(qkv.detach())
+        return ATTENTION[run.name](qkv)
 
     run.model.set_attention(capture)
     with torch.no_grad(), precision(device):
         run.model(text.batch(run.model.config, 0, validation=True)[:1, :-1].to(device))
     run.model.set_attention(ATTENTION[run.name])
     layer = captured[-1]
-    dout = torch.randn(layer[0].shape, generator=torch.Generator().manual_seed(0)).to(layer[0])
+    shape = layer[:, :, 0].shape
+    dout = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(layer)
 
     def results(name: str, dtype: torch.dtype) -> list[Tensor]:
-        inputs = [t.to(dtype).requires_grad_() for t in layer]
-        out = ATTENTION[name](*inputs)
-        return [out.detach(), *torch.autograd.grad(out, inputs, dout.to(dtype))]
+        qkv = layer.to(dtype).requires_grad_()
+        out = ATTENTION[name](qkv)
+        (dqkv,) = torch.autograd.grad(out, qkv, dout.to(dtype))
+        return [out.detach(), *dqkv.unbind(2)]
 
     exact = results("torch.softmax", torch.float64)
     rows = []
     for name in ATTENTION:
-        found = results(name, layer[0].dtype)
+        found = results(name, layer.dtype)
         errors = [(a.double() - b).abs().max().item() for a, b in zip(found, exact, strict=True)]
         labels = ("out", "dq", "dk", "dv")
         rows.append(
             {"attention": name} | {k: f"{e:.1e}" for k, e in zip(labels, errors, strict=True)}
         )
-    shape = "x".join(str(n) for n in layer[0].shape)
-    dtype_name = str(layer[0].dtype).removeprefix("torch.")
-    print_table(f"Largest error against the fp64 formula, last layer, {dtype_name} {shape}", rows)
+    sizes = "x".join(str(n) for n in shape)
+    dtype_name = str(layer.dtype).removeprefix("torch.")
+    print_table(f"Largest error against the fp64 formula, last layer, {dtype_name} {sizes}", rows)
     return rows
 
 

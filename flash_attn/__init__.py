@@ -18,7 +18,14 @@ from . import nn, reference
 from ._backends import can_use, use_backend, use_cpu_isa
 from ._ops import build_info
 from ._patch import disable_sdpa_patch, enable_sdpa_patch, sdpa_patch
-from .flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+from .flash_attn_interface import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 from .sdpa import attention, dropout_mask, scaled_dot_product_attention
 
 __all__ = [
@@ -30,7 +37,11 @@ __all__ = [
     "dropout_mask",
     "enable_sdpa_patch",
     "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "nn",
     "reference",
     "scaled_dot_product_attention",

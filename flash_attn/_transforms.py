@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from . import _ops as _ops  # loads the extension, which registers torch.ops.flash_attn
 from ._vmap import Call, Fold, Tensors, as_tensors, each_sample
 
-__all__ = ["attention", "attention_weights", "draw_rng_state"]
+__all__ = ["attention", "attention_weights", "draw_rng_state", "transforming"]
 
 NO_FORWARD_AD = (
     "flash_attn: forward-mode AD (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad) is "

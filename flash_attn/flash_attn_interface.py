@@ -14,17 +14,23 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from . import _transforms
-from .sdpa import dropout_mask
+from . import _dropout_probabilities, _joint, _transforms
 
-__all__ = ["flash_attn_func", "flash_attn_varlen_func"]
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+]
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
 
@@ -69,19 +75,67 @@ def flash_attn_func(
     Raises:
         RuntimeError: dtypes, shapes or devices that do not fit.
     """
-    _check_tensors(q, k, v, 4)
-    options, drawn = _options(
-        q, k, v, q.shape[0], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
-    )
-    qh, kh, vh = (t.transpose(1, 2) for t in (q, k, v))
-    out, lse = _transforms.attention(
-        qh, kh, vh, rng_state_drawn=drawn, deterministic=_deterministic(deterministic), **options
-    )
-    out = out.transpose(1, 2)
-    if not return_attn_probs:
-        return out
-    with torch.no_grad():
-        return out, lse, _probabilities(qh, kh, options)
+    call = partial(_transforms.attention, *(t.transpose(1, 2) for t in (q, k, v)))
+    return _dense(
+        call, q, k, v,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """Attention of q, k and v that lie in one tensor, as one projection makes them.
+
+    Faster than `flash_attn_func` on the three slices: the gradient is one tensor too, and autograd
+    does not gather it from three.
+
+    Args:
+        qkv: (b, s, 3, h, d): q, k and v.
+
+    The rest, returned values and errors as in `flash_attn_func`.
+    """
+    q, k, v = _joint.parts("qkv", qkv, 3, 5)
+    call = partial(_joint.attention, None, qkv)
+    return _dense(
+        call, q, k, v,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """Attention of q (b, sq, h, d) over k and v that lie in one tensor, kv (b, sk, 2, hk, d).
+
+    The rest, returned values and errors as in `flash_attn_func`.
+    """
+    k, v = _joint.parts("kv", kv, 2, 5)
+    call = partial(_joint.attention, q.transpose(1, 2), kv)
+    return _dense(
+        call, q, k, v,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
 
 
 def flash_attn_varlen_func(
@@ -127,21 +181,128 @@ def flash_attn_varlen_func(
             "flash_attn: flash_attn_varlen_func does not support paged keys; expected "
             "block_table=None"
         )
+    call = partial(_transforms.attention, q, k, v)
+    return _varlen(
+        call, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_varlen_func` of q, k and v that lie in one tensor, qkv (T, 3, h, d).
+
+    The same sequences for queries and keys, cu_seqlens (b + 1,), none longer than max_seqlen.
+    """
+    q, k, v = _joint.parts("qkv", qkv, 3, 4)
+    call = partial(_joint.attention, None, qkv)
+    return _varlen(
+        call, q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_varlen_func` of q (Tq, h, d) over k and v in one tensor, kv (Tk, 2, hk, d)."""
+    k, v = _joint.parts("kv", kv, 2, 4)
+    call = partial(_joint.attention, q, kv)
+    return _varlen(
+        call, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+Attend = Callable[..., tuple[Tensor, Tensor]]  # the options -> (out, lse), as the op lays them
+
+
+def _dense(
+    call: Attend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence[int] | Tensor,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    return_attn_probs: bool,
+) -> Result:
+    _check_tensors(q, k, v, 4)
+    options, drawn = _options(
+        q, k, v, q.shape[0], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
+    )
+    out, lse = call(rng_state_drawn=drawn, deterministic=_deterministic(deterministic), **options)
+    out = out.transpose(1, 2)
+    if not return_attn_probs:
+        return out
+    with torch.no_grad():
+        return out, lse, _dropout_probabilities.dense(q.transpose(1, 2), k.transpose(1, 2), options)
+
+
+def _varlen(
+    call: Attend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence[int] | Tensor,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    return_attn_probs: bool,
+) -> Result:
     _check_tensors(q, k, v, 3)
     max_q, max_k = _length(max_seqlen_q, q.shape[0]), _length(max_seqlen_k, k.shape[0])
     batch = cu_seqlens_q.shape[0] - 1
     options, drawn = _options(
         q, k, v, batch, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
     )
-    out, lse = _transforms.attention(
-        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_q,
+    out, lse = call(
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_q,
         max_seqlen_k=max_k, rng_state_drawn=drawn, deterministic=_deterministic(deterministic),
         **options,
     )  # fmt: skip
     if not return_attn_probs:
         return out
     with torch.no_grad():
-        probabilities = _varlen_probabilities(
+        probabilities = _dropout_probabilities.packed(
             q, k, cu_seqlens_q, cu_seqlens_k, max_q, max_k, options
         )
     return out, lse, probabilities
@@ -214,66 +375,3 @@ def _length(value: int | Tensor, total: int) -> int:
             return total
         return int(value)
     return operator.index(value)
-
-
-def _probabilities(q: Tensor, k: Tensor, options: dict[str, Any]) -> Tensor:
-    """S_dmask of one dense call, q (b, h, sq, d) and k (b, hk, sk, d); unpadded pairs first.
-
-    exp(s - row maximum) is the weight exp(s - lse) over the row's largest weight. The sign bit
-    says what was dropped, so what was dropped and rounds to zero becomes the smallest number
-    instead: -0.0 >= 0 would read as kept.
-    """
-    dropout_p: float = options["dropout_p"]
-    if dropout_p == 0:
-        return q.new_empty(0)
-    rng_state = options["rng_state"]
-    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
-    placed = {n: options[n] for n in ("bottom_right", "window_left", "window_right")}
-    scored = {n: options[n] for n in ("alibi_slopes", "scale", "softcap")}
-    exact_q, exact_k = q.to(accumulate), k.to(accumulate)
-    no_value = exact_k.new_zeros(*k.shape[:-1], 1)
-    _, lse = _transforms.attention(exact_q, exact_k, no_value, **placed, **scored)
-    weights = _transforms.attention_weights(
-        exact_q, exact_k, lse, average=False, **placed, **scored
-    )
-    visible = _transforms.attention_weights(
-        torch.zeros_like(exact_q), torch.zeros_like(exact_k), torch.zeros_like(lse), average=False,
-        **placed,
-    )  # fmt: skip
-    largest = weights.amax(-1, keepdim=True) if weights.shape[-1] else weights.sum(-1, True)
-    probabilities = torch.where(visible != 0, weights / largest, 0).to(q.dtype)
-    smallest = -torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps
-    dropped = torch.where(probabilities > 0, -probabilities, smallest)
-    batch, heads, rows, keys = weights.shape
-    keep = dropout_mask(rng_state, (batch, heads, rows, keys), dropout_p)
-    signed = torch.where(keep | (visible == 0), probabilities, dropped.to(q.dtype))
-    return F.pad(signed, (0, -keys % 128, 0, -rows % 128))
-
-
-def _varlen_probabilities(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_q: int,
-    max_k: int,
-    options: dict[str, Any],
-) -> Tensor:
-    if options["dropout_p"] == 0:
-        return q.new_empty(0)
-    heads, batch = q.shape[1], cu_seqlens_q.shape[0] - 1
-    result = q.new_zeros(batch, heads, max_q + -max_q % 128, max_k + -max_k % 128)
-    q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    slopes = options["alibi_slopes"]
-    for b in range(batch):
-        own = dict(options)
-        # Dropout counts streams by (sequence, head): sequence b starts b * heads later.
-        own["rng_state"] = options["rng_state"] + options["rng_state"].new_tensor([0, b * heads])
-        if slopes is not None and slopes.dim() == 2:
-            own["alibi_slopes"] = slopes[b : b + 1]
-        q_b = q[q_bounds[b] : q_bounds[b + 1]].transpose(0, 1)[None]
-        k_b = k[k_bounds[b] : k_bounds[b + 1]].transpose(0, 1)[None]
-        if q_b.shape[2] and k_b.shape[2]:
-            signed = _probabilities(q_b, k_b, own)[0]
-            result[b, :, : signed.shape[1], : signed.shape[2]] = signed
-    return result

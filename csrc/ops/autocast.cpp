@@ -26,9 +26,10 @@ void autocast(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 template <c10::DeviceType kDevice>
 void register_autocast(torch::Library& m) {
   using torch::CppFunction;
-  // query, key, value, attn_mask; q, k, v, bias; q, k, (lse,) bias
+  // query, key, value, attn_mask; q, k, v, bias; q, joint, bias; q, k, (lse,) bias
   m.impl("sdpa", CppFunction::makeFromBoxedFunction<&autocast<kDevice, 0, 1, 2, 3>>());
   m.impl("attention", CppFunction::makeFromBoxedFunction<&autocast<kDevice, 0, 1, 2, 3>>());
+  m.impl("attention_joint", CppFunction::makeFromBoxedFunction<&autocast<kDevice, 0, 1, 2>>());
   m.impl("attention_weights", CppFunction::makeFromBoxedFunction<&autocast<kDevice, 0, 1, 3>>());
 }
 

@@ -76,23 +76,19 @@ void run(const Inputs& in, const Gradients& gradients, const InputGradients& tar
   backend.backward(p, {workspace.data(), device.stream, device.workers});
 }
 
-}  // namespace
-
-InputGradients backward(const Inputs& raw, const Gradients& gradients, const Device& device) {
-  check_inputs(raw);
-  check_gradients(raw, gradients);
-  if (device.type == at::kCPU) check_lengths(raw);
-  InputGradients results = empty_gradients(raw, gradients.needs);
+/// The gradients of the call into `results`, which have the sizes of the inputs, or no elements.
+void backward_into(InputGradients& results, const Inputs& raw, const Gradients& gradients,
+                   const Device& device) {
   const bool no_gradient = !gradients.dout.defined() && !gradients.dlse.defined();
   const bool no_sequence = raw.packed() && raw.cu_seqlens_q.numel() == 1;
   if (no_gradient || no_sequence || gradients.lse.numel() == 0) {
     for (at::Tensor* result : members(results)) result->zero_();
-    return results;
+    return;
   }
   const Inputs in = normalised(with_columns(raw));
   if (in.k.numel() == 0) {
     fill_without_keys(in, gradients, results);
-    return results;
+    return;
   }
   InputGradients targets = results;
   const std::array<const at::Tensor*, 6> inputs{&in.q,   &in.k, &in.v, &in.bias, &in.alibi_slopes,
@@ -109,6 +105,34 @@ InputGradients backward(const Inputs& raw, const Gradients& gradients, const Dev
     at::Tensor &result = *members(results)[i], &target = *members(targets)[i];
     if (result.numel() != 0 && !result.is_same(target)) result.copy_(target);
   }
+}
+
+void check(const Inputs& raw, const Gradients& gradients, const Device& device) {
+  check_inputs(raw);
+  check_gradients(raw, gradients);
+  if (device.type == at::kCPU) check_lengths(raw);
+}
+
+}  // namespace
+
+InputGradients backward(const Inputs& raw, const Gradients& gradients, const Device& device) {
+  check(raw, gradients, device);
+  InputGradients results = empty_gradients(raw, gradients.needs);
+  backward_into(results, raw, gradients, device);
+  return results;
+}
+
+JointGradients backward(const JointInputs& raw, const Gradients& gradients, const Device& device) {
+  check(raw.inputs, gradients, device);
+  Gradients g = gradients;
+  if (raw.joins_q()) g.needs[0] = g.needs[1];
+  g.needs[2] = g.needs[1];
+  const JointGradients results = empty_gradients(raw, g.needs);
+  const auto& [own_dq, djoint, dbias, dslopes, dsink] = results;
+  const auto [dq, dk, dv] = g.needs[1] ? parts_of(djoint, raw.joins_q())
+                                       : std::array<at::Tensor, 3>{djoint, djoint, djoint};
+  InputGradients separate{raw.joins_q() ? dq : own_dq, dk, dv, dbias, dslopes, dsink};
+  backward_into(separate, raw.inputs, g, device);
   return results;
 }
 

@@ -11,6 +11,7 @@ namespace flash::ops {
 OutAndLse forward(const Inputs& raw, const Device& device);
 /// Gradients of (out, lse) with respect to the inputs, recomputed from out and lse.
 InputGradients backward(const Inputs& raw, const Gradients& gradients, const Device& device);
+JointGradients backward(const JointInputs& raw, const Gradients& gradients, const Device& device);
 /// exp(score - lse), per head or averaged over the heads.
 at::Tensor weights(const WeightsInputs& raw, const Device& device);
 WeightsGradients weights_backward(const at::Tensor& dweights, const WeightsInputs& raw,

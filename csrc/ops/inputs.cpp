@@ -17,11 +17,44 @@ c10::IValue optional_size(const std::optional<c10::SymInt>& size) {
 
 }  // namespace
 
+std::array<at::Tensor, 3> parts_of(const at::Tensor& joint, bool joins_q) {
+  const int64_t count = joins_q ? 3 : 2, dim = joint.dim() - 3;
+  TORCH_CHECK(dim == 1 || dim == 2, "flash_attn: expected joint (batch, seqlen, ", count,
+              ", heads, head_dim) or packed (tokens, ", count, ", heads, head_dim), got ",
+              joint.dim(), " dimensions");
+  TORCH_CHECK(joint.sym_size(dim) == count, "flash_attn: expected joint of ", count,
+              joins_q ? " parts, q, k and v" : " parts, k and v", ", got ", joint.sym_size(dim));
+  const auto part = [&](int64_t index) {
+    const at::Tensor rows = joint.select(dim, index);
+    return dim == 2 ? rows.transpose(1, 2) : rows;
+  };
+  return {joins_q ? part(0) : at::Tensor(), part(count - 2), part(count - 1)};
+}
+
 Inputs Arguments::inputs() {
   Inputs in;
-  for (at::Tensor* member :
-       {&in.q, &in.k, &in.v, &in.bias, &in.mask, &in.alibi_slopes, &in.sink, &in.cu_seqlens_q,
-        &in.cu_seqlens_k, &in.seqused_q, &in.seqused_k, &in.rng_state})
+  in.q = tensor();
+  in.k = tensor();
+  in.v = tensor();
+  read_options(in);
+  return in;
+}
+
+JointInputs Arguments::joint_inputs() {
+  JointInputs all;
+  all.q = tensor();
+  all.joint = tensor();
+  const auto [q, k, v] = parts_of(all.joint, all.joins_q());
+  all.inputs.q = all.joins_q() ? q : all.q;
+  all.inputs.k = k;
+  all.inputs.v = v;
+  read_options(all.inputs);
+  return all;
+}
+
+void Arguments::read_options(Inputs& in) {
+  for (at::Tensor* member : {&in.bias, &in.mask, &in.alibi_slopes, &in.sink, &in.cu_seqlens_q,
+                             &in.cu_seqlens_k, &in.seqused_q, &in.seqused_k, &in.rng_state})
     *member = tensor();
   in.max_seqlen_q = size();
   in.max_seqlen_k = size();
@@ -32,17 +65,18 @@ Inputs Arguments::inputs() {
   in.scale = number();
   in.softcap = number();
   in.dropout_p = number();
-  return in;
 }
 
 void push(torch::jit::Stack& stack, const at::Tensor& tensor) {
   stack.emplace_back(tensor.defined() ? c10::IValue(tensor) : c10::IValue());
 }
 
-void push(torch::jit::Stack& stack, const Inputs& in) {
-  for (const at::Tensor* member :
-       {&in.q, &in.k, &in.v, &in.bias, &in.mask, &in.alibi_slopes, &in.sink, &in.cu_seqlens_q,
-        &in.cu_seqlens_k, &in.seqused_q, &in.seqused_k, &in.rng_state})
+namespace {
+
+/// All that follows q, k and v.
+void push_options(torch::jit::Stack& stack, const Inputs& in) {
+  for (const at::Tensor* member : {&in.bias, &in.mask, &in.alibi_slopes, &in.sink, &in.cu_seqlens_q,
+                                   &in.cu_seqlens_k, &in.seqused_q, &in.seqused_k, &in.rng_state})
     push(stack, *member);
   stack.emplace_back(in.max_seqlen_q);
   stack.emplace_back(in.max_seqlen_k);
@@ -53,6 +87,19 @@ void push(torch::jit::Stack& stack, const Inputs& in) {
   stack.emplace_back(in.scale);
   stack.emplace_back(in.softcap);
   stack.emplace_back(in.dropout_p);
+}
+
+}  // namespace
+
+void push(torch::jit::Stack& stack, const Inputs& in) {
+  for (const at::Tensor* member : {&in.q, &in.k, &in.v}) push(stack, *member);
+  push_options(stack, in);
+}
+
+void push(torch::jit::Stack& stack, const JointInputs& all) {
+  push(stack, all.q);
+  push(stack, all.joint);
+  push_options(stack, all.inputs);
 }
 
 WeightsInputs Arguments::weights_inputs() {
@@ -112,8 +159,10 @@ OutAndLse call_fwd(const Inputs& inputs) {
   return {stack[0].toTensor(), stack[1].toTensor()};
 }
 
-InputGradients call_bwd(const Inputs& inputs, const Gradients& gradients) {
-  static const auto op = find("flash_attn::_bwd");
+namespace {
+
+template <class AnyInputs>
+torch::jit::Stack backward_stack(const AnyInputs& inputs, const Gradients& gradients) {
   torch::jit::Stack stack;
   push(stack, gradients.dout);
   push(stack, gradients.dlse);
@@ -124,9 +173,25 @@ InputGradients call_bwd(const Inputs& inputs, const Gradients& gradients) {
   c10::List<bool> needs;
   for (const bool flag : gradients.needs) needs.push_back(flag);
   stack.emplace_back(needs);
+  return stack;
+}
+
+}  // namespace
+
+InputGradients call_bwd(const Inputs& inputs, const Gradients& gradients) {
+  static const auto op = find("flash_attn::_bwd");
+  torch::jit::Stack stack = backward_stack(inputs, gradients);
   op.callBoxed(&stack);
   return {stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor(),
           stack[3].toTensor(), stack[4].toTensor(), stack[5].toTensor()};
+}
+
+JointGradients call_bwd_joint(const JointInputs& inputs, const Gradients& gradients) {
+  static const auto op = find("flash_attn::_bwd_joint");
+  torch::jit::Stack stack = backward_stack(inputs, gradients);
+  op.callBoxed(&stack);
+  return {stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor(), stack[3].toTensor(),
+          stack[4].toTensor()};
 }
 
 at::Tensor call_rng_state(const at::Tensor& like, const c10::SymInt& increment) {

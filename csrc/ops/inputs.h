@@ -30,6 +30,18 @@ struct Inputs {
   bool ragged() const { return packed() || seqused_q.defined() || seqused_k.defined(); }
 };
 
+/// Arguments of attention_joint: k and v, or without a q of its own q, k and v, are parts of one
+/// tensor, (B, S, 2 or 3, H, E) or packed (T, 2 or 3, H, E), as one projection makes them. Its
+/// gradient is one tensor as well, so that nobody has to gather it.
+struct JointInputs {
+  at::Tensor q, joint;  ///< q (B, H, L, E) or packed (T, H, E)
+  Inputs inputs;        ///< its q, k and v are views of the two
+
+  bool joins_q() const { return !q.defined(); }
+};
+/// (q, k, v) of such a tensor as the operators take them, q undefined if it has only two parts.
+std::array<at::Tensor, 3> parts_of(const at::Tensor& joint, bool joins_q);
+
 /// Arguments of attention_weights: q and k, the lse that attention returned, and the mask.
 struct WeightsInputs {
   Inputs inputs;  ///< v, sink and the packed members are absent
@@ -63,11 +75,26 @@ class Arguments {
   double number() { return next().toDouble(); }
   std::string text() { return next().toStringRef(); }
   Inputs inputs();
+  JointInputs joint_inputs();
   WeightsInputs weights_inputs();
   std::array<bool, 6> needs();
+  /// The arguments of a backward operator, whose inputs `read` reads.
+  template <class AnyInputs>
+  std::pair<AnyInputs, Gradients> backward(AnyInputs (Arguments::*read)()) {
+    Gradients gradients;
+    gradients.dout = tensor();
+    gradients.dlse = tensor();
+    AnyInputs inputs = (this->*read)();
+    gradients.out = tensor();
+    gradients.lse = tensor();
+    gradients.deterministic = flag();
+    gradients.needs = needs();
+    return {inputs, gradients};
+  }
 
  private:
   const c10::IValue& next() { return values_[position_++]; }
+  void read_options(Inputs& in);  ///< all that follows q, k and v
 
   c10::ArrayRef<c10::IValue> values_;
   size_t position_ = 0;
@@ -75,6 +102,7 @@ class Arguments {
 
 void push(torch::jit::Stack& stack, const at::Tensor& tensor);  ///< None where undefined
 void push(torch::jit::Stack& stack, const Inputs& inputs);
+void push(torch::jit::Stack& stack, const JointInputs& inputs);
 void push(torch::jit::Stack& stack, const WeightsInputs& inputs);
 
 /// A kernel `Results f(Arguments)` as the dispatcher calls it; Results is a tensor or a tuple.
@@ -98,11 +126,14 @@ torch::CppFunction kernel() {
 using OutAndLse = std::tuple<at::Tensor, at::Tensor>;
 using InputGradients =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+/// dq, djoint, dbias, dslopes, dsink
+using JointGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using WeightsGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 OutAndLse call_attention(const Inputs& inputs, bool deterministic);
 OutAndLse call_fwd(const Inputs& inputs);
 InputGradients call_bwd(const Inputs& inputs, const Gradients& gradients);
+JointGradients call_bwd_joint(const JointInputs& inputs, const Gradients& gradients);
 at::Tensor call_rng_state(const at::Tensor& like, const c10::SymInt& increment);
 at::Tensor call_weights(const WeightsInputs& inputs);
 WeightsGradients call_weights_bwd(const at::Tensor& dweights, const WeightsInputs& inputs);

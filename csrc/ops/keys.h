@@ -15,15 +15,14 @@ OutAndLse fwd_kernel(Arguments arguments) {
 
 template <auto kWith>
 InputGradients bwd_kernel(Arguments arguments) {
-  Gradients gradients;
-  gradients.dout = arguments.tensor();
-  gradients.dlse = arguments.tensor();
-  const Inputs in = arguments.inputs();
-  gradients.out = arguments.tensor();
-  gradients.lse = arguments.tensor();
-  gradients.deterministic = arguments.flag();
-  gradients.needs = arguments.needs();
+  const auto [in, gradients] = arguments.backward(&Arguments::inputs);
   return kWith(in.q, [&](const Device& device) { return backward(in, gradients, device); });
+}
+
+template <auto kWith>
+JointGradients bwd_joint_kernel(Arguments arguments) {
+  const auto [all, gradients] = arguments.backward(&Arguments::joint_inputs);
+  return kWith(all.joint, [&](const Device& device) { return backward(all, gradients, device); });
 }
 
 template <auto kWith>
@@ -53,6 +52,7 @@ template <auto kWith>
 void register_kernels(torch::Library& m) {
   m.impl("_fwd", kernel<&fwd_kernel<kWith>>());
   m.impl("_bwd", kernel<&bwd_kernel<kWith>>());
+  m.impl("_bwd_joint", kernel<&bwd_joint_kernel<kWith>>());
   m.impl("attention_weights", kernel<&weights_kernel<kWith>>());
   m.impl("_attention_weights_bwd", kernel<&weights_bwd_kernel<kWith>>());
   m.impl("_why_unsupported", kernel<&why_unsupported_kernel<kWith>>());

@@ -16,13 +16,15 @@ namespace flash::ops {
 
 namespace {
 
-const std::string kInputs =
-    "Tensor q, Tensor k, Tensor v, Tensor? bias=None, Tensor? mask=None, "
+const std::string kOptions =
+    "Tensor? bias=None, Tensor? mask=None, "
     "Tensor? alibi_slopes=None, Tensor? sink=None, Tensor? cu_seqlens_q=None, "
     "Tensor? cu_seqlens_k=None, Tensor? seqused_q=None, Tensor? seqused_k=None, "
     "Tensor? rng_state=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, "
     "bool bottom_right=False, SymInt? window_left=None, SymInt? window_right=None, "
     "SymInt prefix=0, float scale=1.0, float softcap=0.0, float dropout_p=0.0";
+const std::string kInputs = "Tensor q, Tensor k, Tensor v, " + kOptions;
+const std::string kJointInputs = "Tensor? q, Tensor joint, " + kOptions;
 const std::string kWeightsInputs =
     "Tensor q, Tensor k, Tensor lse, Tensor? bias=None, Tensor? mask=None, "
     "Tensor? alibi_slopes=None, Tensor? rng_state=None, bool bottom_right=False, "
@@ -50,10 +52,16 @@ TORCH_LIBRARY(flash_attn, m) {
       "bool enable_gqa) -> (Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask)",
       pure);
   def("attention(" + kInputs + ", bool deterministic=False) -> (Tensor out, Tensor lse)", pure);
+  def("attention_joint(" + kJointInputs + ", bool deterministic=False) -> (Tensor out, Tensor lse)",
+      pure);
   def("_fwd(" + kInputs + ") -> (Tensor out, Tensor lse)", pure);
   def("_bwd(Tensor? dout, Tensor? dlse, " + required(kInputs) +
           ", Tensor out, Tensor lse, bool deterministic, bool[6] needs) -> (Tensor dq, Tensor dk, "
           "Tensor dv, Tensor dbias, Tensor dslopes, Tensor dsink)",
+      pure);
+  def("_bwd_joint(Tensor? dout, Tensor? dlse, " + required(kJointInputs) +
+          ", Tensor out, Tensor lse, bool deterministic, bool[6] needs) -> (Tensor dq, "
+          "Tensor djoint, Tensor dbias, Tensor dslopes, Tensor dsink)",
       pure);
   def("rng_state(Tensor like, SymInt increment) -> Tensor", random);
   def("attention_weights(" + kWeightsInputs + ") -> Tensor", pure);

@@ -17,17 +17,17 @@ OutAndLse fwd(Arguments arguments) {
 }
 
 InputGradients bwd(Arguments arguments) {
-  Gradients gradients;
-  gradients.dout = arguments.tensor();
-  gradients.dlse = arguments.tensor();
-  const Inputs in = arguments.inputs();
-  gradients.out = arguments.tensor();
-  gradients.lse = arguments.tensor();
-  gradients.deterministic = arguments.flag();
-  gradients.needs = arguments.needs();
+  const auto [in, gradients] = arguments.backward(&Arguments::inputs);
   check_inputs(in);
   check_gradients(in, gradients);
   return empty_gradients(in, gradients.needs);
+}
+
+JointGradients bwd_joint(Arguments arguments) {
+  const auto [all, gradients] = arguments.backward(&Arguments::joint_inputs);
+  check_inputs(all.inputs);
+  check_gradients(all.inputs, gradients);
+  return empty_gradients(all, gradients.needs);
 }
 
 at::Tensor rng_state(Arguments arguments) {
@@ -53,6 +53,7 @@ WeightsGradients weights_bwd(Arguments arguments) {
 TORCH_LIBRARY_IMPL(flash_attn, Meta, m) {
   m.impl("_fwd", kernel<&fwd>());
   m.impl("_bwd", kernel<&bwd>());
+  m.impl("_bwd_joint", kernel<&bwd_joint>());
   m.impl("rng_state", kernel<&rng_state>());
   m.impl("attention_weights", kernel<&weights>());
   m.impl("_attention_weights_bwd", kernel<&weights_bwd>());

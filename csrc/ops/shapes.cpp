@@ -127,6 +127,13 @@ InputGradients empty_gradients(const Inputs& in, const std::array<bool, 6>& need
           optional(in.alibi_slopes, needs[4]), optional(in.sink, needs[5])};
 }
 
+JointGradients empty_gradients(const JointInputs& all, const std::array<bool, 6>& needs) {
+  const auto [none, dk, dv, dbias, dslopes, dsink] =
+      empty_gradients(all.inputs, {false, false, false, needs[3], needs[4], needs[5]});
+  return {all.joins_q() ? none : empty_gradient(all.q, needs[0]),
+          empty_gradient(all.joint, needs[1]), dbias, dslopes, dsink};
+}
+
 at::Tensor empty_weights(const WeightsInputs& all) {
   const Shape s = shape_of(all);
   const auto options = all.inputs.q.options();

@@ -28,6 +28,8 @@ at::Tensor empty_contiguous_gradient(const at::Tensor& like, const at::Tensor& a
 
 OutAndLse empty_outputs(const Inputs& in);
 InputGradients empty_gradients(const Inputs& in, const std::array<bool, 6>& needs);
+/// needs[1] speaks for all of joint.
+JointGradients empty_gradients(const JointInputs& all, const std::array<bool, 6>& needs);
 at::Tensor empty_weights(const WeightsInputs& all);
 WeightsGradients empty_weights_gradients(const WeightsInputs& all);
 

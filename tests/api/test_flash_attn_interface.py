@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""flash_attn_func and flash_attn_varlen_func: FlashAttention-2's signatures and meaning."""
+"""flash_attn_func, its packed and its variable-length relatives: FlashAttention-2's signatures and
+meaning."""
 
 import inspect
 import math
@@ -7,7 +8,15 @@ import math
 import pytest
 import torch
 
-from flash_attn import flash_attn_func, flash_attn_varlen_func, reference
+from flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    reference,
+)
 
 COMMON = [("dropout_p", 0.0), ("softmax_scale", None), ("causal", False), ("window_size", (-1, -1)),
           ("softcap", 0.0), ("alibi_slopes", None), ("deterministic", False),
@@ -37,6 +46,16 @@ def test_signatures():
     bounds = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
     names = tensors + [(name, empty) for name in bounds]
     assert positional(flash_attn_varlen_func) == [*names, *COMMON, ("block_table", None)]
+
+    def required(*names):
+        return [(name, empty) for name in names] + COMMON
+
+    assert positional(flash_attn_qkvpacked_func) == required("qkv")
+    assert positional(flash_attn_kvpacked_func) == required("q", "kv")
+    assert positional(flash_attn_varlen_qkvpacked_func) == required(
+        "qkv", "cu_seqlens", "max_seqlen"
+    )
+    assert positional(flash_attn_varlen_kvpacked_func) == required("q", "kv", *bounds)
 
 
 def meaning(q, k, v, causal=False, window_size=(-1, -1), softmax_scale=None, softcap=0.0,
@@ -136,6 +155,115 @@ def test_packed(options):
         wanted = torch.autograd.grad(expected[0], (q, k, v), grad[rows])
         for got, want, part in zip(grads, wanted, (rows, keys, keys), strict=True):
             torch.testing.assert_close(got[part], want[part])
+
+
+def joint_calls(options):
+    """{name: (function of the joint tensors, the same of their slices, the joint tensors)}"""
+    lengths = ends(LENGTHS_Q)
+    q_ends, k_ends = ends(LENGTHS_Q), ends(LENGTHS_K)
+    return {
+        "qkvpacked": (
+            lambda qkv: flash_attn_qkvpacked_func(qkv, **options),
+            lambda qkv: flash_attn_func(*qkv.unbind(2), **options),
+            (make(2, 17, 3, 4, 8),),
+        ),
+        "kvpacked": (
+            lambda q, kv: flash_attn_kvpacked_func(q, kv, **options),
+            lambda q, kv: flash_attn_func(q, *kv.unbind(2), **options),
+            (make(2, 17, 4, 8), make(2, 23, 2, 2, 8)),
+        ),
+        "varlen_qkvpacked": (
+            lambda qkv: flash_attn_varlen_qkvpacked_func(qkv, lengths, 17, **options),
+            lambda qkv: flash_attn_varlen_func(*qkv.unbind(1), lengths, lengths, 17, 17, **options),
+            (make(31, 3, 4, 8),),
+        ),
+        "varlen_kvpacked": (
+            lambda q, kv: flash_attn_varlen_kvpacked_func(q, kv, q_ends, k_ends, 17, 17, **options),
+            lambda q, kv: flash_attn_varlen_func(
+                q, *kv.unbind(1), q_ends, k_ends, 17, 17, **options
+            ),
+            (make(31, 4, 8), make(33, 2, 2, 8)),
+        ),
+    }
+
+
+JOINT = ["qkvpacked", "kvpacked", "varlen_qkvpacked", "varlen_kvpacked"]
+
+
+@pytest.mark.parametrize("name", JOINT)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True, "softcap": 3.0}, {"window_size": (5, 2)}, {"dropout_p": 0.4}],
+    ids=name_of,
+)  # fmt: skip
+def test_joint_is_bitwise_what_its_parts_give(name, options):
+    joint, parts, tensors = joint_calls(options | {"return_attn_probs": True})[name]
+    torch.manual_seed(5)
+    results = joint(*tensors)
+    torch.manual_seed(5)
+    expected = parts(*tensors)
+    for a, b in zip(results, expected, strict=True):
+        assert torch.equal(a, b)
+    (out, lse, _), (expected, expected_lse, _) = results, expected
+    seen = lse.isfinite()
+    grads = torch.randn_like(out), torch.randn_like(lse) * seen
+    got = torch.autograd.grad((out, lse), tensors, grads)
+    wanted = torch.autograd.grad((expected, expected_lse), tensors, grads)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_gradient_of_joint_is_one_dense_tensor(name):
+    joint, _, tensors = joint_calls({"causal": True})[name]
+    for grad in torch.autograd.grad(joint(*tensors).sum(), tensors):
+        assert grad.is_contiguous()
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_kvpacked_with_a_frozen_side(frozen):
+    joint, parts, tensors = joint_calls({})["kvpacked"]
+    tensors[frozen].requires_grad_(False)
+    leaf = tensors[1 - frozen]
+    grads = [torch.autograd.grad(f(*tensors).square().sum(), leaf)[0] for f in (joint, parts)]
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_joint_under_transforms_and_compile(name):
+    joint, parts, tensors = joint_calls({"causal": True})[name]
+    loss = lambda f: lambda *t: f(*t).square().sum()  # noqa: E731
+    places = tuple(range(len(tensors)))
+    for a, b in zip(torch.func.grad(loss(joint), places)(*tensors),
+                    torch.func.grad(loss(parts), places)(*tensors), strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b)
+    torch._dynamo.reset()
+    compiled = torch.compile(joint, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors), parts(*tensors))
+    for a, b in zip(torch.autograd.grad(loss(compiled)(*tensors), tensors),
+                    torch.autograd.grad(loss(parts)(*tensors), tensors), strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b)
+
+
+def test_joint_under_autocast():
+    qkv = torch.randn(1, 9, 3, 2, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = flash_attn_qkvpacked_func(qkv)
+    assert out.dtype == torch.bfloat16
+    (grad,) = torch.autograd.grad(out.float().sum(), qkv)
+    assert grad.dtype == torch.float32
+
+
+def test_joint_errors():
+    with pytest.raises(RuntimeError, match=r"expected qkv \(batch, seqlen, 3, heads, head_dim\)"):
+        flash_attn_qkvpacked_func(make(2, 5, 2, 4, 8))
+    with pytest.raises(RuntimeError, match=r"expected kv \(total, 2, heads, head_dim\), got"):
+        flash_attn_varlen_kvpacked_func(
+            make(31, 4, 8), make(33, 2, 8), ends(LENGTHS_Q), ends(LENGTHS_K), 17, 17
+        )
+    joint = torch.ops.flash_attn.attention_joint
+    with pytest.raises(RuntimeError, match="expected joint of 3 parts, q, k and v, got 2"):
+        joint(None, make(2, 5, 2, 4, 8))
+    with pytest.raises(RuntimeError, match=r"expected joint .*got 3 dimensions"):
+        joint(make(5, 4, 8), make(5, 4, 8))
 
 
 def test_packed_bounds_as_tensors():

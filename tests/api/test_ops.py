@@ -53,6 +53,25 @@ def test_opcheck_raw_operators(name):
     torch.library.opcheck(ops._bwd.default, (), arguments | more)
 
 
+@pytest.mark.parametrize("joins_q", [True, False])
+def test_opcheck_joint(joins_q):
+    """The raw operator where a part has no gradient, too."""
+    joint = torch.randn(2, 6, 3 if joins_q else 2, 2, 8, requires_grad=True)
+    q = None if joins_q else torch.randn(2, 4, 5, 8, requires_grad=True)
+    bias = torch.randn(1, 1, 6 if joins_q else 5, 6, requires_grad=True)
+    torch.library.opcheck(ops.attention_joint.default, (q, joint), {"bias": bias, "softcap": 2.0})
+    out, lse = (t.detach() for t in ops.attention_joint(q, joint, bias=bias, softcap=2.0))
+    values = {"q": q, "joint": joint, "bias": bias, "softcap": 2.0}
+    arguments = {
+        a.name: values.get(a.name, a.default_value)
+        for a in ops.attention_joint.default._schema.arguments
+    }
+    arguments = {n: t.detach() if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
+    arguments |= {"dout": torch.randn_like(out), "dlse": None, "out": out, "lse": lse}
+    for needs in ([True] * 6, [False, True, True, False, False, False], [True] + [False] * 5):
+        torch.library.opcheck(ops._bwd_joint.default, (), arguments | {"needs": needs})
+
+
 def test_opcheck_others():
     q, k, v = (torch.randn(2, 3, 6, 8, requires_grad=True) for _ in range(3))
     mask = torch.randn(6, 6, requires_grad=True)

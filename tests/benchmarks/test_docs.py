@@ -46,6 +46,7 @@ def test_snippets_run(name: str) -> None:
         q=q, k=k, v=v, model=Model(), batch=torch.randn(2, 8, 16),
         bias=torch.randn(8, 8), keep=torch.rand(2, 1, 8, 8) < 0.5,
         cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=7, max_seqlen_k=7, **packed,
+        projection=torch.nn.Linear(16, 48), x=torch.randn(2, 8, 16), heads=2, head_dim=8,
     )  # fmt: skip
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
     assert len(blocks) >= 3
