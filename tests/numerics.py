@@ -12,7 +12,8 @@ lucky, down to an error of 0; so there are four allowances, each with its reason
 - Gradients of float32: P is computed anew as exp(s - lse), where eager has it exactly normalised;
   the same error of a score, times the largest gradient.
 - All gradients but dv: delta = rowsum(dO o O) carries the rounding of out, where eager has the sum
-  before it: twice what such an error of delta, drawn at random, makes of the gradient.
+  before it, and of float32 its own partial sums, which outgrow delta where values have an offset:
+  twice what such an error of delta, drawn at random, makes of the gradient.
 - Gradients of float32 with a few keys: of a row with one key eager has dP - dP = 0, exactly, where
   we subtract two sums of d_v products, delta from dP. Each is off by some last bits of the largest
   dP, sqrt(d_v) / 4 of them, as roundings add up like a random walk. (Of 6000 random problems on
@@ -131,10 +132,14 @@ def natural_sizes(inputs):
 def noise_of_delta(inputs, out, unit):
     """How far a gradient moves when out is rounded: delta = rowsum(dO o O) - dLSE is then off by
     about unit |(O dO)_i| in row i, with a sign of its own, which is to the gradients as if dLSE
-    were. The largest of a few draws of the signs, element by element.
+    were. A float32 delta is rounded after each addition besides, by half a unit of what it is then.
+    The largest of a few draws of the signs, element by element.
     """
     products = (out * inputs.dout).nan_to_num(0, 0, 0)
-    size = unit * products.square().sum(-1).sqrt()
+    squares = products.square()
+    if unit == UNIT[torch.float32]:
+        squares += (products.cumsum(-1) / 2).square()
+    size = unit * squares.sum(-1).sqrt()
     if "cu_seqlens_q" in inputs.tensors:
         size = size.mT  # as lse lies
     leaves = {n: inputs.tensors[n].detach().requires_grad_() for n in inputs.differentiable()}
