@@ -3,7 +3,9 @@
 
 A round times every rival once, on inputs that rotate; clocks, caches and temperature are then the
 same for all of them on average, and a rival never always runs after the same neighbour. Figures
-are medians with quartiles. GPU times are CUDA events around calls that are queued back to back.
+are medians with quartiles. GPU times are CUDA events around calls that are queued back to back,
+behind a kernel that waits until the first of them is queued: how long the host takes for one call
+does not count, unless it is longer than the call itself.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from .rivals import Inputs, Rival, make_inputs, refusal_reason
 
 # A measurement repeats the call until it is this long, so that clock reads do not count.
 _MEASUREMENT_S = {"cpu": 4e-3, "cuda": 2e-3}
+_FEWEST_CALLS = {"cpu": 1, "cuda": 4}
 _MAX_CALLS = 50
+_HEAD_START_CYCLES = 400_000  # of the GPU's clock, 0.2 ms and more
 # A call of this length needs no second one to be warm.
 _LONG_CALL_S = 0.3
 # Eager softmax attention holds scores, weights and their gradients at once.
@@ -127,6 +131,7 @@ def _time_once(case: Case, entry: _Entry, x: Inputs, device: torch.device) -> fl
         if device.type == "cuda":
             begin = torch.cuda.Event(enable_timing=True)
             end = torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(_HEAD_START_CYCLES)
             begin.record()
             for _ in range(entry.calls):
                 call()
@@ -143,10 +148,13 @@ def _warm_up(case: Case, entries: list[_Entry], sets: list[Inputs], plan: Plan) 
     """Load for warmup_s, so that clocks and power have settled; calls per measurement follow."""
     end = time.perf_counter() + plan.warmup_s
     for entry in entries:
+        kind = plan.device.type
         if entry.call_s < _LONG_CALL_S:
+            entry.calls = _FEWEST_CALLS[kind]
             entry.call_s = _time_once(case, entry, sets[0], plan.device)
-        wanted = round(_MEASUREMENT_S[plan.device.type] / max(entry.call_s, 1e-7))
-        entry.calls = max(1, min(_MAX_CALLS, wanted))
+        wanted = round(_MEASUREMENT_S[kind] / max(entry.call_s, 1e-7))
+        fewest = 1 if entry.call_s > 10 * _MEASUREMENT_S[kind] else _FEWEST_CALLS[kind]
+        entry.calls = max(fewest, min(_MAX_CALLS, wanted))
     fastest = min(entries, key=lambda entry: entry.call_s)
     turn = 0
     while time.perf_counter() < end:
