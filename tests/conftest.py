@@ -77,9 +77,15 @@ class Backend:
         self.device = "cpu" if name == "cpu" else "cuda"
 
     @property
+    def dtypes(self):
+        """Names of the dtypes that the backend is meant for."""
+        from cases import DTYPES
+
+        return DTYPES[2:] if self.name.startswith("sm") else DTYPES
+
+    @property
     def dtype(self):
-        """Name of the most exact dtype that the backend is meant for."""
-        return "bfloat16" if self.name.startswith("sm") else "float32"
+        return self.dtypes[0]
 
     def __repr__(self):
         return self.name

@@ -6,22 +6,23 @@ import math
 import pytest
 import torch
 from cases import BY_NAME, GRID, grid_id
+from inputs import make_inputs
 from numerics import check_forward, equal_bits, run, truth
 
 
 @pytest.mark.parametrize("pair", GRID, ids=grid_id)
 def test_forward(backend, poisoned, pair):
-    true = truth(*pair, backend.device)
+    inputs = make_inputs(*pair, backend.device)
     with poisoned():
-        ours = run(backend.attention, true.inputs, grads=False)
-    assert ours.out.dtype == true.inputs.dtype
-    check_forward(true, ours)
+        ours = run(backend.attention, inputs, grads=False)
+    assert ours.out.dtype == inputs.dtype
+    check_forward(truth(*pair, backend.device), ours)
 
 
 @pytest.mark.parametrize("pair", [p for p in GRID if p[0].layout != "bhld"], ids=grid_id)
 def test_strides_do_not_matter(backend, pair):
     """Bit for bit what contiguous copies give."""
-    inputs = truth(*pair, backend.device).inputs
+    inputs = make_inputs(*pair, backend.device)
     strided = run(backend.attention, inputs, grads=False)
     copied = run(backend.attention, inputs.upcast(inputs.dtype), grads=False)
     assert equal_bits(strided.out, copied.out) and equal_bits(strided.lse, copied.lse)
@@ -44,7 +45,7 @@ def test_out_lies_as_q_lies(backend, layout):
                                   "mask_nothing", "sink_empty_rows", "packed_seqused"])  # fmt: skip
 def test_empty_rows(backend, poisoned, name):
     """A row that sees nothing: out exactly 0, lse exactly -inf, or the sink."""
-    inputs = truth(BY_NAME[name], backend.dtype, backend.device).inputs
+    inputs = make_inputs(BY_NAME[name], backend.dtype, backend.device)
     with poisoned():
         ours = run(backend.attention, inputs, grads=False)
     expected = truth(BY_NAME[name], backend.dtype, backend.device).ref

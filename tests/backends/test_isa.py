@@ -4,6 +4,7 @@
 import pytest
 import torch
 from cases import BY_NAME
+from inputs import make_inputs
 from numerics import check_forward, check_grads, equal_bits, run, truth
 
 import flash_attn
@@ -41,7 +42,7 @@ def test_instruction_set(isa, poisoned, name, dtype):
 
 def test_threads_and_repeats(isa):
     inputs, before = (
-        truth(BY_NAME["all_features"], "float32", "cpu").inputs,
+        make_inputs(BY_NAME["all_features"], "float32", "cpu"),
         torch.get_num_threads(),
     )
     try:

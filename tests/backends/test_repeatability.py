@@ -4,7 +4,8 @@
 import pytest
 import torch
 from cases import BY_NAME
-from numerics import equal_bits, run, truth
+from inputs import make_inputs
+from numerics import equal_bits, run
 
 NAMES = ["several_blocks_causal", "gqa", "all_features", "packed_features", "bias_heads",
          "head_dim_257", "gqa_bias_sink_slopes", "window"]  # fmt: skip
@@ -21,7 +22,7 @@ def assert_equal(a, b, what):
 @pytest.fixture(params=DTYPES)
 def inputs_of(request, backend):
     def inputs(name):
-        made = truth(BY_NAME[name], request.param, backend.device).inputs
+        made = make_inputs(BY_NAME[name], request.param, backend.device)
         return made
 
     return inputs
