@@ -34,7 +34,7 @@ class Case:
     bias_values: str = "normal"  # "minus_inf", "lowest", "large"
     bias_dtype: str = "same"
     mask: str | None = None
-    mask_values: str = "random"  # "padding", "empty_rows", "nothing"
+    mask_values: str = "random"  # "padding", "runs", "empty_rows", "nothing"
     alibi: str | None = None  # "h", "bh"
     sink: bool = False
     dropout_p: float = 0.0
@@ -113,6 +113,13 @@ CASES = [
     # Boolean masks.
     Case("mask_full", mask="bhqk"),
     Case("mask_padding", 3, 2, mask="bk", mask_values="padding"),
+    Case("mask_keys", seqlen_k=150, mask="bhk"),
+    Case("mask_runs", 3, 4, 2, 140, 208, mask="bk", mask_values="runs", causal="bottom_right"),
+    Case("mask_runs_of_heads", 2, 4, 2, 140, 333, mask="hk", mask_values="runs", prefix=90,
+         causal="top_left"),
+    Case("mask_runs_window", 2, 3, 3, 200, 160, mask="bhk", mask_values="runs", window=(60, 20)),
+    Case("mask_runs_dropout", 2, 2, 2, 70, 208, mask="bk", mask_values="runs", dropout_p=0.2,
+         alibi="h", causal="bottom_right"),
     Case("mask_pairs_gqa", heads=4, heads_k=1, mask="qk"),
     Case("mask_empty_rows", mask="bhqk", mask_values="empty_rows"),
     Case("mask_nothing", seqlen_q=20, mask="bk", mask_values="nothing"),
@@ -210,7 +217,7 @@ def random_case(seed):
         softcap=maybe(0.2, draw.uniform(0.5, 30), 0.0),
         bias=maybe(0.3, pairs),
         mask=maybe(0.3, pairs),
-        mask_values=draw.choice(("random", "empty_rows")),
+        mask_values=draw.choice(("random", "runs", "empty_rows")),
         alibi=maybe(0.2, draw.choice(("h", "bh"))),
         sink=draw.random() < 0.2,
         dropout_p=maybe(0.2, draw.random(), 0.0),

@@ -118,6 +118,11 @@ def _make_mask(case, source):
     if case.mask_values == "padding":
         lengths = torch.randint(1, shape[-1] + 1, (shape[0], 1, 1, 1), generator=source.generator)
         mask = torch.arange(shape[-1]) < lengths
+    elif case.mask_values == "runs":  # padded at both ends, some of them all the way
+        ends = torch.randint(-5, shape[-1] + 6, (*shape[:3], 2), generator=source.generator)
+        begin, end = ends.sort(-1).values[..., None].unbind(-2)
+        key = torch.arange(shape[-1])
+        mask = (key >= begin) & (key < end)
     elif case.mask_values == "empty_rows":
         mask[:, :, ::7] = False
         mask[0] = False

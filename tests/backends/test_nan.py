@@ -71,6 +71,32 @@ def test_padded_keys_do_not_leak(backend, poisoned, make, dim, kind, bad):
         assert (dirty[5][~keep] == 0).all()
 
 
+@pytest.mark.parametrize("bad", [NAN, INF], ids=str)
+@pytest.mark.parametrize("kind", ["left", "both", "holes", "dropout"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_keys_left_out_anywhere_do_not_leak(backend, poisoned, make, dim, kind, bad):
+    q, k, v, _ = make(dim)
+    key = torch.arange(SIZE_K, device=backend.device)
+    keep = (key >= 37) & (key < (SIZE_K if kind == "left" else 71))
+    if kind == "holes":
+        keep &= key % 3 != 0
+    keep = keep.expand(1, HEADS, 1, SIZE_K).clone()
+    keep[:, 1] = False  # nothing at all
+    hidden = ~keep[:, :, 0, :, None].expand_as(k)
+    options = {"mask": keep, "scale": dim**-0.5}
+    if kind == "dropout":
+        rng_state = torch.tensor([7, 9], device=backend.device)
+        options |= {"dropout_p": 0.2, "rng_state": rng_state}
+    clean = backend.attention(q, k, v, **options)
+    with poisoned():
+        out, lse = backend.attention(
+            q, k.masked_fill(hidden, bad), v.masked_fill(hidden, bad), **options
+        )
+    assert_unaffected(clean[0], out)
+    assert_unaffected(clean[1], lse)
+    assert (out[:, 1] == 0).all() and (lse[:, 1] == -INF).all()
+
+
 MASKS = {
     "causal": {"window_right": 0},
     "window": {"window_left": 5, "window_right": 9},

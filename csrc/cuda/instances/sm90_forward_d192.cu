@@ -11,7 +11,7 @@ void launch_forward<192, Variant::kPlain>(const ForwardParams& p, void* workspac
 
 template <>
 void launch_forward<192, Variant::kGeneral>(const ForwardParams& p, void* workspace, void* stream) {
-  launch_forward_tile<192, TileD192General, Variant::kGeneral>(p, workspace, stream);
+  launch_forward_general<192, TileD192General>(p, workspace, stream);
 }
 
 }  // namespace flash::cuda::sm90

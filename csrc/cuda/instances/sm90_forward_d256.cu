@@ -10,7 +10,7 @@ void launch_forward<256, Variant::kPlain>(const ForwardParams& p, void* workspac
 
 template <>
 void launch_forward<256, Variant::kGeneral>(const ForwardParams& p, void* workspace, void* stream) {
-  launch_forward_tile<256, TileD256General, Variant::kGeneral>(p, workspace, stream);
+  launch_forward_general<256, TileD256General>(p, workspace, stream);
 }
 
 }  // namespace flash::cuda::sm90

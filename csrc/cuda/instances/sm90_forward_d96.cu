@@ -11,7 +11,7 @@ void launch_forward<96, Variant::kPlain>(const ForwardParams& p, void* workspace
 
 template <>
 void launch_forward<96, Variant::kGeneral>(const ForwardParams& p, void* workspace, void* stream) {
-  launch_forward_tile<96, TileD96General, Variant::kGeneral>(p, workspace, stream);
+  launch_forward_general<96, TileD96General>(p, workspace, stream);
 }
 
 }  // namespace flash::cuda::sm90

@@ -29,7 +29,7 @@ FLASH_DEVICE void load_tile(const TmaTensor& tensor, uint16_t* tile, uint64_t* f
 template <class Traits>
 FLASH_DEVICE Range tile_key_blocks(const ForwardParams& p, const TileId& tile) {
   const int row = tile.m_block * Traits::kBlockM;
-  return key_blocks<Traits::kBlockN>(p.mask_of(tile.q, tile.k), row, Traits::kBlockM).visit;
+  return key_blocks<Traits::kBlockN>(mask_of(p, tile), row, Traits::kBlockM).visit;
 }
 
 /// keys(place, n) and values(place, n) for the blocks of a tile, in the order of the ring.
@@ -60,7 +60,7 @@ FLASH_DEVICE void load_tiles(const ForwardMaps& maps, const ForwardParams& p,
   const auto await_stage_of_q = [&] {
     ptx::mbarrier_wait(&shared.q_empty[q_ring.stage], q_ring.parity ^ 1);
   };
-  for (int index = blockIdx.x;;) {
+  for (int index = schedule.first();;) {
     if (!Traits::kKeysFirst) await_stage_of_q();
     const int again = Traits::kMayRedo ? shared.failed[q_ring.stage] : -1;
     if (again < 0 && index >= schedule.num_tiles) {
@@ -78,6 +78,7 @@ FLASH_DEVICE void load_tiles(const ForwardMaps& maps, const ForwardParams& p,
     if (again < 0) index = schedule.after(index);
     TileId tile = schedule.tile(now, p);
     if (tile.m_block * Traits::kBlockM >= tile.q.length) continue;  // other sequences are longer
+    if (!schedule.take_keys(tile, p)) continue;
     if (again >= 0) {
       tile.index = ~again;
       shared.failed[q_ring.stage] = -1;

@@ -193,7 +193,7 @@ struct ForwardMma {
     const Place values = kTileInHand ? ring.last_values() : Place();  // of the tile in hand
     const uint32_t old_q = sQ;
     const int old_stage = q_stage;
-    const IntervalMask next_mask = p.mask_of(next.q, next.k);
+    const IntervalMask next_mask = mask_of(p, next);
     const int next_row = next.m_block * kBlockM + warpgroup * 64;
     const Range visit = key_blocks<kBlockN>(next_mask, next.m_block * kBlockM, kBlockM).visit;
     const BlockRanges own =
@@ -346,6 +346,7 @@ struct ForwardMma {
       next.index = to_uniform(next.index);
       next.q.length = to_uniform(next.q.length);
       next.k.length = to_uniform(next.k.length);
+      next.diagonal = to_uniform(next.diagonal);
       if (next.m_block >= 0) {
         if (tile_in_hand) {
           first_step</*kTileInHand=*/true>(next);

@@ -26,18 +26,14 @@ struct GeneralScores {
     static_assert(kCount % ScoreBlock::kCount == 0, "a block of scores spans 32 keys");
     const float scale = static_cast<float>(p.softmax_scale);
     const int tile_row = row - tile.m_block * Traits::kBlockM;
+    // As the diagonal knows it: a mask may have cut the keys of the tile.
+    const int seqlen_k = p.mask.bottom_right ? tile.q.length + tile.diagonal : tile.k.length;
 #pragma unroll
     for (int j = 0; j < kCount; j += ScoreBlock::kCount) {
       const auto products = ScoreBlock::of([&](int i) { return accS[j + i] * scale; });
       const BlockPlace<Element, BlockRows::kQueries, Staged> place{
-          p,
-          tile.batch,
-          tile.head,
-          tile.q.length,
-          tile.k.length,
-          row,
-          column + 2 * j,
-          {staged, staged_tile, tile_row, 2 * j}};
+          p,        tile.batch, tile.head,      tile.q.length,
+          seqlen_k, row,        column + 2 * j, {staged, staged_tile, tile_row, 2 * j}};
       const ScoreBlock scores =
           p.features.score_mod.template forward<float, ScoreBlock>(products, place).score;
 #pragma unroll

@@ -2,9 +2,13 @@
 // Which tile a CTA does next, and which blocks of keys a tile visits.
 #pragma once
 
+#include "cuda/sm90/key_runs.h"
 #include "cuda/sm90/traits.cuh"
 
 namespace flash::cuda::sm90 {
+
+/// Tiles that a launch does, by what a mask of keys keeps for them.
+enum class RunsTaken { kAll, kWhole, kWithHoles };
 
 /// Tiles are numbered in the order in which they should start.
 ///   heavy first (causal, ragged): within a section of heads whose K and V share L2, late rows
@@ -16,7 +20,14 @@ struct ForwardSchedule {
   int section_heads;  ///< query heads of a section
   bool heavy_first;
   unsigned* next_tile;  ///< 0 before and after a launch; null: tile = blockIdx.x + n gridDim.x
+  KeyRuns runs;
+  RunsTaken taken;  ///< by this launch
 
+  /// The first tile of this CTA; the end at once if no row of the mask is for this launch.
+  FLASH_DEVICE int first() const {
+    if (!runs.run || taken == RunsTaken::kAll) return blockIdx.x;
+    return runs.count[taken == RunsTaken::kWithHoles] > 0 ? blockIdx.x : num_tiles;
+  }
   FLASH_DEVICE TileId tile(int index, const ForwardParams& p) const {
     int head, m_block;
     if (heavy_first) {
@@ -31,18 +42,36 @@ struct ForwardSchedule {
       head = index / num_m_blocks;
     }
     const int batch = head / p.num_heads;
-    return {m_block,
-            head % p.num_heads,
-            batch,
-            index,
-            Sequence::of(p.q_layout, batch),
-            Sequence::of(p.k_layout, batch)};
+    return {m_block, head % p.num_heads, batch, index, Sequence::of(p.q_layout, batch)};
+  }
+  /// The keys of a tile, cut to their run; false if it is not for this launch. Beside other
+  /// features the first key keeps its place in the sequence, by which these know it.
+  FLASH_DEVICE bool take_keys(TileId& tile, const ForwardParams& p) const {
+    int begin = 0, end = IntervalMask::kUnbounded;
+    if (runs.run) {
+      const KeyRun run = runs.of(tile.batch, tile.head);
+      if (taken != RunsTaken::kAll && run.has_holes != (taken == RunsTaken::kWithHoles))
+        return false;
+      if (taken == RunsTaken::kWhole) begin = run.begin;
+      end = run.end;
+    }
+    tile.k = Sequence::of(p.k_layout, tile.batch);
+    tile.diagonal = p.mask.diagonal_offset(tile.q.length, tile.k.length) - begin;
+    tile.k.first_row += begin;
+    tile.k.length = max(min(tile.k.length, end) - begin, 0);
+    return true;
   }
   /// The tile after `index` of this CTA. Every CTA draws once too often, so the counter wraps to 0.
   FLASH_DEVICE int after(int index) const {
     return next_tile ? gridDim.x + atomicInc(next_tile, num_tiles - 1) : index + gridDim.x;
   }
 };
+
+/// Over the keys of the tile.
+FLASH_DEVICE IntervalMask mask_of(const ForwardParams& p, const TileId& tile) {
+  return IntervalMask::window(tile.q.length, tile.k.length, tile.diagonal, p.mask.window_left,
+                              p.mask.window_right, p.mask.prefix);
+}
 
 /// Blocks of keys of the rows [row, row + rows), at least one: an empty row still gets out = 0.
 ///   visit  all blocks, walked from the last to the first

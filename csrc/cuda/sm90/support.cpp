@@ -91,6 +91,4 @@ bool sums_bias_gradient(const BackwardParams& p) {
          p.bias_shape[3] == p.k_layout.max && p.features.score_mod.bias.q_stride != 0;
 }
 
-int64_t forward_workspace_bytes(const ForwardParams&) { return sizeof(unsigned); }
-
 }  // namespace flash::cuda::sm90

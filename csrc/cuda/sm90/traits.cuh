@@ -98,6 +98,7 @@ struct TileId {
   int m_block, head, batch;
   int index;  ///< of the schedule; its complement when the tile is done again
   Sequence q, k;
+  int diagonal;  ///< key of k on the diagonal of query 0
 
   FLASH_DEVICE bool is_redo() const { return index < 0; }
 };
