@@ -97,6 +97,30 @@ def test_keys_left_out_anywhere_do_not_leak(backend, poisoned, make, dim, kind, 
     assert (out[:, 1] == 0).all() and (lse[:, 1] == -INF).all()
 
 
+@pytest.mark.parametrize("bad", [NAN, INF], ids=str)
+@pytest.mark.parametrize("kind", ["mask", "causal"])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+def test_empty_rows_beside_bad_values(backend, poisoned, make, dim, kind, bad):
+    """A row without a key is 0, whatever the values hold that other rows attend."""
+    if backend.name in ("simt", "sm80"):
+        pytest.skip("multiplies what such a row has gathered by zero")
+    q, k, v, _ = make(dim)
+    v[:] = bad
+    if kind == "mask":
+        keep = torch.ones(1, 1, SIZE_Q, SIZE_K, dtype=torch.bool, device=backend.device)
+        keep[:, :, 23] = False
+        empty = torch.arange(SIZE_Q) == 23
+        options = {"mask": keep}
+    else:  # the first rows see nothing
+        options = {"window_right": 0, "bottom_right": True}
+        k, v = k[:, :, :40], v[:, :, :40]
+        empty = torch.arange(SIZE_Q) < SIZE_Q - 40
+    with poisoned():
+        out, lse = backend.attention(q, k, v, **options)
+    assert (out[:, :, empty] == 0).all() and (lse[:, :, empty] == -INF).all()
+    assert not out[:, :, ~empty].isfinite().any() and lse[:, :, ~empty].isfinite().all()
+
+
 MASKS = {
     "causal": {"window_right": 0},
     "window": {"window_left": 5, "window_right": 9},

@@ -276,8 +276,16 @@ struct ForwardMma {
       if (__any_sync(0xffffffffu, unsafe) && lane == 0) shared.failed[q_stage] = tile.index;
     }
   }
+  /// A row that weighs no key is 0, whatever 0 times the values in its blocks has left there.
+  FLASH_DEVICE void clear_empty_rows() {
+    if (!__any_sync(0xffffffffu, inverse[0] == 0.f || inverse[1] == 0.f)) return;
+#pragma unroll
+    for (int i = 0; i < kHeadDimV / 2; ++i)
+      if (inverse[(i >> 1) & 1] == 0.f) accO[i] = 0.f;
+  }
   /// O / l into this warpgroup's own rows of Q, from where the store thread takes it.
   FLASH_DEVICE void put_output(uint32_t target, uint64_t* full) {
+    clear_empty_rows();
     ptx::named_barrier_sync(own_barrier, 128);  // its four warps have read these rows
 #pragma unroll
     for (int i = 0; i < kHeadDimV / 2; i += 8) {  // 16 columns
@@ -296,7 +304,8 @@ struct ForwardMma {
   }
   /// O / l from registers to global memory: pairs of lanes exchange halves, so that a lane writes 8
   /// bytes and a row 32 contiguous ones.
-  FLASH_DEVICE void store_output() const {
+  FLASH_DEVICE void store_output() {
+    clear_empty_rows();
     const int odd = lane & 1, column = odd * 8 + (lane & 2) * 2;
     auto* out = static_cast<uint16_t*>(p.out.data) + p.out.offset(tile.q, tile.head) + column;
 #pragma unroll
