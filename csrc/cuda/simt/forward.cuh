@@ -210,7 +210,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
   for (int i = 0; i < Tile::kThreadRows; ++i) normalizers[i] = Tile::from_keeper(normalizer, i);
   store_rows<Tile, kPanel>(static_cast<Element*>(p.out.data) + p.out.offset(q_seq, head),
                            p.out.row_stride, q_seq.length, p.head_dim_v, first_q, first_col,
-                           [&](int i, int j) { return acc_o[i][j] * normalizers[i]; });
+                           [&](int i, int j) {  // an empty row: 0 times a NaN of V is none
+                             return normalizers[i] == 0 ? Real(0) : acc_o[i][j] * normalizers[i];
+                           });
 }
 
 /// Columns of Q that shared memory holds at a time: as many as fit beside the rest with kCtas CTAs

@@ -101,6 +101,13 @@ FLASH_DEVICE void multiply_row(RegisterTile<kRows, kCols>& tile, int m, int half
   }
 }
 
+template <int kRows, int kCols>
+FLASH_DEVICE void clear_row(RegisterTile<kRows, kCols>& tile, int m, int half) {
+#pragma unroll
+  for (int n = 0; n < tile.kTilesN; ++n)
+    tile.at[m][n][2 * half] = tile.at[m][n][2 * half + 1] = 0.f;
+}
+
 /// A tile rounded to 16 bits, as the left operand of a product: two neighbouring accumulator tiles
 /// hold what one A fragment wants, lane by lane.
 template <class Element_, int kRows_, int kCols_>
