@@ -113,38 +113,56 @@ FLASH_DEVICE void add_dq(const BackwardParams& p, const BackwardSchedule& schedu
   if (is_leader) ptx::bulk_wait_written<0>();
 }
 
+/// v[i] = v[(i - by) mod 4].
+FLASH_DEVICE void rotate(uint32_t (&v)[4], int by) {
+#pragma unroll
+  for (int step = 1; step <= 2; ++step) {
+    uint32_t turned[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) turned[i] = by & step ? v[(i - step) & 3] : v[i];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = turned[i];
+  }
+}
+
 /// A part of one half of dQ of a block: dq = scale * sums, out of register order. `sums` lies in
-/// shared memory.
+/// shared memory. A lane takes 8 columns of two rows: four pieces of 16 bytes, of which eight lanes
+/// read different ones, so that they meet different banks.
 template <class Traits>
 FLASH_DEVICE void round_dq_part(const BackwardParams& p, uint32_t sums, int head_index, int m_block,
                                 int half, int part) {
+  using Element = typename Traits::Element;
   constexpr int kSteps = Traits::kDqSize / 1024 / Traits::kConvertParts;  // of 8 columns
   if (!p.dq.data) return;
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, turn = lane % 8 / 2;
   const int first_row =
-      m_block * Traits::kBlockM + (Traits::kDqSplitsRows ? half * 64 : 0) + lane / 4;
+      m_block * Traits::kBlockM + (Traits::kDqSplitsRows ? half * 64 : 0) + lane % 8;
   // Split by columns or not at all: the second half starts at column kHeadDim / 2.
-  const int column = (Traits::kDqSplitsRows ? 0 : half * (Traits::kHeadDim / 2)) +
-                     part * kSteps * 8 + lane % 4 * 2;
+  const int first_column =
+      (Traits::kDqSplitsRows ? 0 : half * (Traits::kHeadDim / 2)) + part * kSteps * 8;
   const Sequence rows = Sequence::of(p.q_layout, head_index / p.num_heads);
   auto* dq = static_cast<uint16_t*>(p.dq.data) + p.dq.offset(rows, head_index % p.num_heads);
   const float scale = static_cast<float>(p.softmax_scale);
 #pragma unroll 1
-  for (int c = 0; c < kSteps; ++c) {
+  for (int i = 0; i < kSteps; ++i) {
+    const int w = (i * 4 + lane / 8) / kSteps, c = (i * 4 + lane / 8) % kSteps;
+    uint32_t low[4], high[4];  // rows `row` and `row` + 8
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const uint32_t at = sums + lane * 16 + (c * 4 + w) * 512;
-      const float2 low = ptx::load_shared_v2(at), high = ptx::load_shared_v2(at + 8);
-      const int row = first_row + w * 16;
-      uint16_t* to = dq + row * p.dq.row_stride + column + c * 8;
-      if (column + c * 8 >= p.head_dim) continue;
-      using Element = typename Traits::Element;
-      if (row < rows.length)
-        *reinterpret_cast<uint32_t*>(to) = pack<Element>(low.x * scale, low.y * scale);
-      if (row + 8 < rows.length)
-        *reinterpret_cast<uint32_t*>(to + 8 * p.dq.row_stride) =
-            pack<Element>(high.x * scale, high.y * scale);
+    for (int j = 0; j < 4; ++j) {
+      uint32_t piece[4];
+      ptx::load_shared_v4(piece, sums + (c * 4 + w) * 512 + lane % 8 * 64 + ((j + turn) & 3) * 16);
+      low[j] = pack<Element>(__uint_as_float(piece[0]) * scale, __uint_as_float(piece[1]) * scale);
+      high[j] = pack<Element>(__uint_as_float(piece[2]) * scale, __uint_as_float(piece[3]) * scale);
     }
+    rotate(low, turn);
+    rotate(high, turn);
+    const int row = first_row + w * 16, column = first_column + c * 8;
+    if (column >= p.head_dim) continue;
+    uint16_t* to = dq + row * p.dq.row_stride + column;
+    if (row < rows.length) *reinterpret_cast<uint4*>(to) = uint4{low[0], low[1], low[2], low[3]};
+    if (row + 8 < rows.length)
+      *reinterpret_cast<uint4*>(to + 8 * p.dq.row_stride) =
+          uint4{high[0], high[1], high[2], high[3]};
   }
 }
 
