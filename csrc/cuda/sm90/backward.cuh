@@ -28,7 +28,7 @@ FLASH_DEVICE void init_backward_barriers(typename Traits::SharedStorage& shared)
     ptx::mbarrier_init(&shared.dout_full[i], 1);
     ptx::mbarrier_init(&shared.dout_empty[i], kMmaWarps);
     ptx::mbarrier_init(&shared.ds_full[i], kMmaWarps);
-    ptx::mbarrier_init(&shared.half_full[i], 1);
+    ptx::mbarrier_init(&shared.converted_full[i], 1);
     ptx::mbarrier_init(&shared.tile_full[i], 1);
     ptx::mbarrier_init(&shared.tile_empty[i], kMmaWarps + 1);  // and the adding warp
   }
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     ptx::shrink_registers<Traits::kLoadRegisters>();
     if (threadIdx.x == 0) load_backward_tiles<Traits>(maps, p, schedule, shared);
     if (warp == 1) add_dq<Traits>(p, schedule, shared);
-    if (warp >= 2) convert_dq<Traits>(p, schedule, shared, warp - 2);
+    if (warp >= 2) convert_dq<Traits>(maps, p, schedule, shared, warp - 2);
   } else if (Traits::kGeneral) {  // long code, once in the instruction cache
     ptx::grow_registers<Traits::kFirstRegisters>();
     BackwardCompute<Traits>(maps, p, schedule, shared, warpgroup - 1).run();

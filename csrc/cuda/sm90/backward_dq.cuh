@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // How dQ leaves. The warpgroups put dQ of a block into shared memory; one warp adds it to fp32 sums
 // in a ring of heads that stays in L2; two warps, otherwise idle, take query blocks in turn, wait
-// until all key blocks have added, scale, round and clear. No dQ traffic to memory but the result.
+// until all key blocks have added, scale, round, and open the place for a later head: clear the
+// sums and, where that pays, make its lse and delta. No dQ traffic to memory but the result.
 #pragma once
 
-#include "cuda/sm90/backward_traits.cuh"
+#include "cuda/sm90/backward_prepare.cuh"
 #include "primitives/numeric.cuh"
-#include "primitives/ptx/global_sync.cuh"
 #include "primitives/ptx/shared_memory.cuh"
 
 namespace flash::cuda::sm90 {
@@ -59,12 +59,7 @@ FLASH_DEVICE void add_dq(const BackwardParams& p, const BackwardSchedule& schedu
       const int dq_slot = head % schedule.dq_slots, generation = head / schedule.dq_slots;
       float* dq = schedule.dq_sums + int64_t{dq_slot} * schedule.num_m_blocks * Traits::kDqSize;
       int* arrivals = schedule.arrivals + dq_slot * schedule.num_m_blocks;
-      if (is_leader && generation > 0) {  // the head that had this slot must be converted
-        const int needed = generation * 2 * schedule.num_m_blocks;
-        while (ptx::load_acquire(schedule.cleared + dq_slot) < needed) {
-        }
-        ptx::fence_proxy_async_global();
-      }
+      if (is_leader) wait_for_slot<Traits>(schedule, head);
       counter.next = arrivals + tile.visit.begin;
       __syncwarp();  // bar.arrive counts a diverged warp twice
 #pragma unroll 1
@@ -166,20 +161,55 @@ FLASH_DEVICE void round_dq_part(const BackwardParams& p, uint32_t sums, int head
   }
 }
 
+/// Half of a block of queries, `work` of all heads, gets its place in the ring.
+template <class Traits>
+FLASH_DEVICE void open_half(const BackwardMaps& maps, const BackwardParams& p,
+                            const BackwardSchedule& schedule,
+                            typename Traits::SharedStorage& shared, int work, int half,
+                            int& parity) {
+  const int lane = threadIdx.x % 32;
+  const int head_index = work / schedule.num_m_blocks, m_block = work % schedule.num_m_blocks;
+  const int dq_slot = head_index % schedule.dq_slots;
+  const bool prepares = prepares_inside<Traits>(schedule);
+  if (prepares) fetch_half<Traits>(maps, p, shared, head_index, m_block, half);
+  const int64_t block = int64_t{dq_slot} * schedule.num_m_blocks + m_block;
+  auto* sums = reinterpret_cast<float4*>(schedule.dq_sums + block * Traits::kDqSize +
+                                         half * (Traits::kDqSize / 2));
+#pragma unroll 4
+  for (int i = lane; i < Traits::kDqSize / 8; i += 32) __stcg(sums + i, float4{});
+  if (prepares) {
+    ptx::mbarrier_wait(&shared.converted_full[half], parity);
+    parity ^= 1;
+    prepare_half<Traits>(p, schedule, shared, head_index, m_block, half);
+  }
+  __syncwarp();
+  if (lane == 0) {
+    ptx::fence_gpu();
+    ptx::add_relaxed(schedule.opened + dq_slot);
+  }
+}
+
 /// Two warps, `half` = 0 or 1. CTA i takes query blocks i, i + gridDim.x, ... of all heads:
 /// "whoever adds last converts" gives all of it to the slowest CTA.
 template <class Traits>
-FLASH_DEVICE void convert_dq(const BackwardParams& p, const BackwardSchedule& schedule,
+FLASH_DEVICE void convert_dq(const BackwardMaps& maps, const BackwardParams& p,
+                             const BackwardSchedule& schedule,
                              typename Traits::SharedStorage& shared, int half) {
   constexpr int kSize = Traits::kDqSize / 2, kPartSize = kSize / Traits::kConvertParts;
   const int lane = threadIdx.x % 32, heads = p.batch * p.num_heads;
+  const int blocks = heads * schedule.num_m_blocks;
+  const int ring_blocks = schedule.dq_slots * schedule.num_m_blocks;
   int parity = 0;
+  if (prepares_inside<Traits>(schedule)) {
 #pragma unroll 1
-  for (int work = blockIdx.x; work < heads * schedule.num_m_blocks; work += gridDim.x) {
+    for (int work = blockIdx.x; work < ring_blocks; work += gridDim.x)
+      open_half<Traits>(maps, p, schedule, shared, work, half, parity);
+  }
+#pragma unroll 1
+  for (int work = blockIdx.x; work < blocks; work += gridDim.x) {
     const int head_index = work / schedule.num_m_blocks, m_block = work % schedule.num_m_blocks;
     const int dq_slot = head_index % schedule.dq_slots;
     const int64_t block = int64_t{dq_slot} * schedule.num_m_blocks + m_block;
-    float* sums = schedule.dq_sums + block * Traits::kDqSize + half * kSize;
     if (lane == 0) {
       const int batch = head_index / p.num_heads;
       const Range adding = adding_blocks<Traits>(p, Sequence::of(p.q_layout, batch),
@@ -188,30 +218,23 @@ FLASH_DEVICE void convert_dq(const BackwardParams& p, const BackwardSchedule& sc
       while (ptx::load_acquire(schedule.arrivals + block) < needed) __nanosleep(100);
       ptx::fence_proxy_async_global();
     }
-    const bool is_reused = head_index + schedule.dq_slots < heads;
+    const float* sums = schedule.dq_sums + block * Traits::kDqSize + half * kSize;
 #pragma unroll 1
     for (int part = 0; part < Traits::kConvertParts; ++part, sums += kPartSize) {
       if (lane == 0) {
-        ptx::mbarrier_expect_bytes(&shared.half_full[half], kPartSize * 4);
-        ptx::bulk_load(shared_address(shared.half_dq[half]), sums, kPartSize * 4,
-                       &shared.half_full[half]);
+        ptx::mbarrier_expect_bytes(&shared.converted_full[half], kPartSize * 4);
+        ptx::bulk_load(shared_address(shared.converted[half]), sums, kPartSize * 4,
+                       &shared.converted_full[half]);
       }
       __syncwarp();
-      ptx::mbarrier_wait(&shared.half_full[half], parity);
+      ptx::mbarrier_wait(&shared.converted_full[half], parity);
       parity ^= 1;
-      if (is_reused) {
-#pragma unroll 4
-        for (int i = lane; i < kPartSize / 4; i += 32)
-          __stcg(reinterpret_cast<float4*>(sums) + i, float4{});
-      }
-      round_dq_part<Traits>(p, shared_address(shared.half_dq[half]), head_index, m_block, half,
+      round_dq_part<Traits>(p, shared_address(shared.converted[half]), head_index, m_block, half,
                             part);
       __syncwarp();
     }
-    if (lane == 0 && is_reused) {
-      ptx::fence_gpu();
-      ptx::add_relaxed(schedule.cleared + dq_slot);
-    }
+    if (work + ring_blocks < blocks)
+      open_half<Traits>(maps, p, schedule, shared, work + ring_blocks, half, parity);
   }
 }
 

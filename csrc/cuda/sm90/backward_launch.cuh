@@ -22,12 +22,13 @@ inline BackwardSchedule make_backward_schedule(const BackwardPlan& plan, bool de
   schedule.dq_slots = plan.dq_slots;
   schedule.ordered = deterministic;
   schedule.last_first = plan.last_first;
+  schedule.prepares_inside = plan.prepares_inside;
   schedule.lse_log2 = static_cast<float*>(workspace);
   schedule.delta = static_cast<float*>(at(plan.delta_at));
   schedule.dq_sums = static_cast<float*>(at(plan.dq_sums_at));
   schedule.next_tile = static_cast<int*>(at(plan.counters_at));
   schedule.arrivals = schedule.next_tile + 2;
-  schedule.cleared = schedule.arrivals + int64_t{plan.dq_slots} * plan.num_m_blocks;
+  schedule.opened = schedule.arrivals + int64_t{plan.dq_slots} * plan.num_m_blocks;
   return schedule;
 }
 
@@ -50,9 +51,17 @@ template <class Traits>
 void launch_backward_traits(const BackwardParams& p, const BackwardPlan& plan, void* workspace,
                             void* stream) {
   const BackwardSchedule schedule = make_backward_schedule(plan, p.deterministic, workspace);
-  const BackwardMaps maps = make_backward_maps<Traits>(p);
-  const int64_t query_blocks = int64_t{p.batch} * p.num_heads * plan.num_m_blocks;
-  launch(prepare_kernel<Traits>, query_blocks, 256, 0, stream, p, schedule);
+  BackwardMaps maps = make_backward_maps<Traits>(p);
+  if (plan.prepares_inside) {
+    constexpr int kRows = Traits::kBlockM / 2;
+    maps.half_out = make_tma_tensor(p, p.out, p.q_layout, p.num_heads, p.head_dim_v, kRows);
+    maps.half_dout = make_tma_tensor(p, p.dout, p.q_layout, p.num_heads, p.head_dim_v, kRows);
+    FLASH_CUDA_CHECK(cudaMemsetAsync(schedule.next_tile, 0, plan.bytes - plan.counters_at,
+                                     static_cast<cudaStream_t>(stream)));
+  } else {
+    const int64_t query_blocks = int64_t{p.batch} * p.num_heads * plan.num_m_blocks;
+    launch(prepare_kernel<Traits>, query_blocks, 256, 0, stream, p, schedule);
+  }
   launch(backward_kernel<Traits>, std::min(plan.num_tiles, num_multiprocessors()), Traits::kThreads,
          sizeof(typename Traits::SharedStorage), stream, maps, p, schedule);
 }

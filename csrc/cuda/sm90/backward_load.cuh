@@ -5,11 +5,13 @@
 #include "cuda/sm90/backward_traits.cuh"
 #include "cuda/sm90/pair_loads.cuh"
 #include "cuda/sm90/unattended_keys.cuh"
+#include "primitives/ptx/global_sync.cuh"
 
 namespace flash::cuda::sm90 {
 
 struct BackwardMaps {
-  TmaTensor q, k, v, dout;  ///< boxes of 64 columns
+  TmaTensor q, k, v, dout;            ///< boxes of 64 columns
+  TmaTensor half_out{}, half_dout{};  ///< prepares_inside: of half a block of queries
   // General variant:
   PairTiles pairs{};
   CUtensorMap dbias{};     ///< boxes of kBlockM queries x 64 keys
@@ -59,6 +61,23 @@ FLASH_DEVICE void load_pairs(const PairTiles& pairs, typename Traits::SharedStor
   ring.advance();
 }
 
+template <class Traits>
+FLASH_DEVICE bool prepares_inside(const BackwardSchedule& schedule) {
+  return Traits::kMayPrepare && schedule.prepares_inside;
+}
+
+/// Until a head (of the whole batch) has its slot of the ring: sums of dQ are 0; with lse and delta
+/// if they are prepared inside. Else the ring's first heads have theirs from prepare_kernel.
+template <class Traits>
+FLASH_DEVICE void wait_for_slot(const BackwardSchedule& schedule, int head) {
+  const int openings = head / schedule.dq_slots + (prepares_inside<Traits>(schedule) ? 1 : 0);
+  const int needed = openings * 2 * schedule.num_m_blocks;
+  if (needed == 0) return;
+  while (ptx::load_acquire(schedule.opened + head % schedule.dq_slots) < needed) {
+  }
+  ptx::fence_proxy_async_global();
+}
+
 /// Per tile and block of queries: Q with lse, in kQueryParts, dO with delta; K and V after the
 /// first of them, because those of the tile before are still in use when its successor's first
 /// block can be loaded.
@@ -80,8 +99,9 @@ FLASH_DEVICE void load_backward_tiles(const BackwardMaps& maps, const BackwardPa
     bool is_first = true;
     for (int g = 0; g < p.gqa_ratio(); ++g) {
       const int head = tile.head_k * p.gqa_ratio() + g;
-      const int64_t rows =
-          (int64_t{tile.batch} * p.num_heads + head) * schedule.num_m_blocks * kBlockM;
+      const int head_index = tile.batch * p.num_heads + head;
+      const int64_t rows = int64_t{head_index} * schedule.num_m_blocks * kBlockM;
+      if (prepares_inside<Traits>(schedule)) wait_for_slot<Traits>(schedule, head_index);
       if (reloads_keys<Traits>(p)) is_first = true;
 #pragma unroll 1
       for (int m_block = tile.visit.begin; m_block < tile.visit.end; ++m_block) {

@@ -78,7 +78,7 @@ struct SeparateTraits : Tile {
   static constexpr int kChunks = (kHeadDim + 63) / 64, kChunksV = (kHeadDimV + 63) / 64;
   static constexpr int kThreads = 384, kLoadRegisters = 40, kMmaRegisters = 232;
   static constexpr int kMmaWarps = 8;
-  static constexpr bool kSumsDq = false;
+  static constexpr bool kSumsDq = false, kMayPrepare = false;
 };
 
 template <class Element, class Tile, Variant kVariant>

@@ -81,6 +81,10 @@ struct BackwardTraits : Tile {
   // Tiles of a bias or mask come and go with Q; dS and the conversion of dQ give way to them.
   static constexpr int kPairStages = kGeneral ? kStages : 0, kDsStages = kGeneral ? 1 : kStages;
   static constexpr int kConvertParts = kGeneral ? 2 : 1;  // of a half of dQ of a block
+  static constexpr bool kMayPrepare = !kGeneral;          // see BackwardSchedule::prepares_inside
+  // Of one converting warp, in floats: a part of dQ, or O and dO of half a block of queries.
+  static constexpr int kConvertSize =
+      kMayPrepare ? kBlockM / 2 * kChunks * 64 : kDqSize / 2 / kConvertParts;
   static_assert(kDqSlices * kSliceSize == kDqSize &&
                     (kDqN == kHeadDim || kDqN % 64 == 0 || 64 % kDqN == 0),
                 "the slices of dQ must cover it, and lie within chunks");
@@ -93,12 +97,12 @@ struct BackwardTraits : Tile {
     uint16_t dout[kStages][kBlockM * kChunks * 64];
     uint16_t ds[kDsStages][kBlockM * kBlockN];  // rows = queries; chunk w: keys of warpgroup w
     [[no_unique_address]] PairStorage<kPairStages, kBlockM * kBlockN * 2> pairs;
-    float dq[kDqSize];                              // on its way to global memory
-    float half_dq[2][kDqSize / 2 / kConvertParts];  // being converted
+    float dq[kDqSize];                 // on its way to global memory
+    float converted[2][kConvertSize];  // half a block each
     float lse_log2[kStages][kBlockM], delta[kStages][kBlockM];
     uint64_t k_full, k_empty, v_full, v_empty;
     uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
-    uint64_t ds_full[kStages], half_full[2];
+    uint64_t ds_full[kStages], converted_full[2];
     uint64_t ds_empty;  // general variant
     uint64_t tile_full[2], tile_empty[2];
     int tile[2];  // index, -1: no more
@@ -113,18 +117,19 @@ enum class NamedBarrier : int {
   kKeysClean = 6
 };  // the last three: + slice or warpgroup
 
-/// What the pre-kernel prepares, and how the tiles are numbered.
+/// The workspace, and how the tiles are numbered.
 struct BackwardSchedule {
   int num_m_blocks, num_n_blocks, num_tiles;
   int dq_slots;             ///< heads in dq_sums: a ring that stays in L2
   bool ordered;             ///< deterministic: key blocks add to dQ in turn
   bool last_first;          ///< ordered causal: the last key block of a head first
+  bool prepares_inside;     ///< lse and delta by the converting warps, not by prepare_kernel
   float *lse_log2, *delta;  ///< (batch, num_heads, num_m_blocks * kBlockM): +inf, 0 in padding;
                             ///< general variant: lse itself
   float* dq_sums;           ///< (dq_slots, num_m_blocks, kDqSize) in register order
   int* next_tile;           ///< [2], 0 at launch; the second counts the tiles of queries_kernel
   int* arrivals;            ///< (dq_slots, num_m_blocks), 0 at launch: additions to dQ
-  int* cleared;  ///< (dq_slots), 0 at launch: halves of query blocks converted and cleared
+  int* opened;  ///< (dq_slots), 0 at launch: halves of query blocks made ready for a later head
 };
 
 /// One key block of one key head; its query heads and their blocks of queries are looped over, so
