@@ -10,7 +10,7 @@ void launch_forward<128, Variant::kPlain>(const ForwardParams& p, void* workspac
 
 template <>
 void launch_forward<128, Variant::kGeneral>(const ForwardParams& p, void* workspace, void* stream) {
-  launch_forward_general<128, TileD128General>(p, workspace, stream);
+  launch_forward_general<128, TileD128General, TileD128Products>(p, workspace, stream);
 }
 
 }  // namespace flash::cuda::sm90

@@ -12,7 +12,7 @@ void launch_forward<64, Variant::kPlain>(const ForwardParams& p, void* workspace
 
 template <>
 void launch_forward<64, Variant::kGeneral>(const ForwardParams& p, void* workspace, void* stream) {
-  launch_forward_general<64, TileD64General>(p, workspace, stream);
+  launch_forward_general<64, TileD64General, TileD64Products>(p, workspace, stream);
 }
 
 }  // namespace flash::cuda::sm90

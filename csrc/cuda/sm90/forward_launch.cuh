@@ -65,13 +65,24 @@ void launch_forward_tile(const ForwardParams& p, void* workspace, void* stream) 
   }
 }
 
+/// Whether scores are products, of which at most a mask drops some that comes as tiles.
+inline bool scores_are_products(const ForwardParams& p) {
+  const ScoreMod& mod = p.features.score_mod;
+  return p.softmax_scale > 0 && !mod.has_softcap() && !mod.bias.data && !mod.alibi_slopes &&
+         !p.features.sink.enabled() &&
+         (!mod.mask.data || make_pair_tiles(p, 64, 64).kind == PairKind::kMask);
+}
+
 /// Tiles of the general variant; those that a mask only cuts to a run of keys, plain.
-template <int kHeadDim, class Tile>
+template <int kHeadDim, class Tile, class ProductsTile = void>
 void launch_forward_general(const ForwardParams& p, void* workspace, void* stream) {
   if (has_key_runs(p)) {
     find_key_runs(p, key_runs(p, workspace), stream);
     if (runs_are_plain(p)) launch_forward<kHeadDim, Variant::kPlain>(p, workspace, stream);
   }
+  if constexpr (!std::is_void_v<ProductsTile>)
+    if (scores_are_products(p))
+      return launch_forward_tile<kHeadDim, ProductsTile, Variant::kGeneral>(p, workspace, stream);
   launch_forward_tile<kHeadDim, Tile, Variant::kGeneral>(p, workspace, stream);
 }
 

@@ -175,12 +175,16 @@ FLASH_DEVICE void clean_keys(const ForwardParams& p, typename Traits::SharedStor
     const AttendedKeys<typename Traits::Element, Variant::kGeneral> keys{p.features.score_mod,
                                                                          tile.batch, tile.head};
     const auto clean = [&](Place at, int n) {
-      ptx::mbarrier_wait(&shared.kv_full[at.stage], at.parity);
-      for (int row = lane; row < Traits::kBlockN; row += 32) {
-        const int key = n * Traits::kBlockN + row;
-        if (key >= tile.k.length || keys(key)) continue;
-        clear_row<Traits::kBlockN, Traits::kChunks>(shared.kv[at.stage], row);
+      unsigned dropped = 0;  // rows lane + 32 i; found while the block is on its way
+#pragma unroll
+      for (int i = 0; i < Traits::kBlockN / 32; ++i) {
+        const int key = n * Traits::kBlockN + lane + 32 * i;
+        if (key < tile.k.length && !keys(key)) dropped |= 1u << i;
       }
+      ptx::mbarrier_wait(&shared.kv_full[at.stage], at.parity);
+      for (; dropped; dropped &= dropped - 1)
+        clear_row<Traits::kBlockN, Traits::kChunks>(shared.kv[at.stage],
+                                                    lane + 32 * (__ffs(dropped) - 1));
       ptx::fence_proxy_async();  // before wgmma reads the zeros
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(&shared.kv_clean[at.stage]);

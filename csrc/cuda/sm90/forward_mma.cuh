@@ -21,6 +21,7 @@ template <class Traits>
 struct ForwardMma {
   using Element = typename Traits::Element;
   using Shared = typename Traits::SharedStorage;
+  using KnownPairs = flash::cuda::sm90::KnownPairs<Traits::kBlockN>;
   static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   static constexpr int kHeadDim = Traits::kHeadDim, kHeadDimV = Traits::kHeadDimV;
   static constexpr uint64_t kRowsByDepth = ptx::descriptor_layout(16, 1024);  // Q, K: K-major
@@ -70,7 +71,7 @@ struct ForwardMma {
 
   /// Scores come to the softmax as products, or as what the modifications made of them.
   FLASH_DEVICE float unit() const {
-    return Traits::kGeneral ? 1.f : static_cast<float>(p.softmax_scale);
+    return Traits::kHooks ? 1.f : static_cast<float>(p.softmax_scale);
   }
 
   /// Row r (0 or 1) of this thread.
@@ -118,32 +119,36 @@ struct ForwardMma {
   }
   FLASH_DEVICE int first_column() const { return n_block * kBlockN + (lane & 3) * 2; }
 
-  /// S = -inf where the mask drops the pair.
-  FLASH_DEVICE void apply_mask(float (&accS)[kBlockN / 2]) const {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int begin = mask.key_begin(row(r)) - first_column();
-      const int end = mask.key_end(row(r)) - first_column();
-#pragma unroll
-      for (int j = 0; j < kBlockN / 4; ++j) {
-        const int column = j / 2 * 8 + j % 2;
-        if (column < begin || column >= end) accS[j / 2 * 4 + r * 2 + j % 2] = -INFINITY;
-      }
-    }
+  /// What is known of the pairs of n_block without their products, while these run.
+  FLASH_DEVICE KnownPairs find_pairs() {
+    KnownPairs known{};
+    if constexpr (Traits::kMasksProducts)
+      with_pair_tile(pair_tiles, shared.pairs, pair_ring, [&](uint32_t tile) {
+        if (pair_tiles.kind == PairKind::kMask) known.kept = scores(tile).kept();
+      });
+    if constexpr (Traits::kDrawsEarly)
+      if (scores().has_dropout()) known.drawn = scores().drawn(first_column());
+    return known;
   }
-  /// Products become scores; blocks at the edge of the mask lose what it drops.
-  FLASH_DEVICE void make_scores(float (&accS)[kBlockN / 2]) {
-    if constexpr (Traits::kGeneral) {
+  /// Products become scores; in blocks at the edge of the mask they lose what it drops.
+  FLASH_DEVICE void make_scores(float (&accS)[kBlockN / 2], const KnownPairs& known, bool is_edge) {
+    if constexpr (Traits::kHooks)
       with_pair_tile(pair_tiles, shared.pairs, pair_ring,
                      [&](uint32_t tile) { scores(tile).modify(accS, first_column()); });
-    }
-    const bool is_inside = n_block >= blocks.full.begin && n_block < blocks.full.end;
-    if (!Traits::kGeneral || !is_inside) apply_mask(accS);
+    if constexpr (Traits::kMasksProducts)
+      if (pair_tiles.kind == PairKind::kMask) known.kept.apply(accS);
+    if (is_edge) apply_interval(accS, mask, row(0), first_column());
   }
-  FLASH_DEVICE void take_weights(float (&accS)[kBlockN / 2], int column) {
-    if (Traits::kGeneral && scores().has_dropout()) scores().drop(accS, column);
+  /// With hooks one loop walks all blocks, and asks.
+  FLASH_DEVICE bool may_be_edge() const {
+    return !Traits::kHooks || n_block < blocks.full.begin || n_block >= blocks.full.end;
+  }
+  FLASH_DEVICE void take_weights(float (&accS)[kBlockN / 2], const KnownPairs& known) {
 #pragma unroll
     for (int i = 0; i < kBlockN / 4; ++i) rP[i] = pack<Element>(accS[2 * i], accS[2 * i + 1]);
+    if constexpr (Traits::kGeneral)
+      if (scores().has_dropout())
+        (Traits::kDrawsEarly ? known.drawn : scores().drawn(first_column())).apply(rP);
   }
 
   enum class Step { kMasked, kFull };
@@ -163,11 +168,15 @@ struct ForwardMma {
     ptx::wgmma_fence();
     issue_output(values.stage);
     pass_turn();
+    const KnownPairs known = find_pairs();
     ptx::wgmma_wait<1>();  // S is there, O still runs
     ptx::pin(accS);
     give_back(keys);
-    if (kStep == Step::kMasked) make_scores(accS);
-    if (kStep == Step::kFull && Traits::kKeepsMaximum) {
+    make_scores(accS, known, kStep == Step::kMasked && may_be_edge());
+    // A mask of pairs may have left a row without a maximum to keep.
+    const bool keeps = kStep == Step::kFull && Traits::kKeepsMaximum &&
+                       !(Traits::kMasksProducts && softmax.any_empty());
+    if (keeps) {
       softmax.keep(accS);
     } else if (kStep == Step::kMasked && Traits::kMayRedo && tile.is_redo()) {
       softmax.template update<Exponent::kSubtractFirst>(accS);
@@ -178,8 +187,8 @@ struct ForwardMma {
     ptx::wgmma_wait<0>();  // O is there, rP is free
     ptx::pin(accO), ptx::pin(rP);
     give_back(values);
-    take_weights(accS, first_column());
-    if (!(kStep == Step::kFull && Traits::kKeepsMaximum) && softmax.any_rescale()) {
+    take_weights(accS, known);
+    if (!keeps && softmax.any_rescale()) {
 #pragma unroll
       for (int i = 0; i < kHeadDimV / 2; ++i) accO[i] *= softmax.rescale[(i >> 1) & 1];
     }
@@ -234,7 +243,8 @@ struct ForwardMma {
     first_row = next_row;
     blocks = own;
     n_block = own.visit.end - 1;
-    make_scores(accS);
+    const KnownPairs known = find_pairs();
+    make_scores(accS, known, may_be_edge());
     if (Traits::kMayRedo && tile.is_redo()) {
       softmax.template first<Exponent::kSubtractFirst>(accS);
     } else {
@@ -245,7 +255,7 @@ struct ForwardMma {
       ptx::pin(accO), ptx::pin(rP);
       give_back(values);
     }
-    take_weights(accS, first_column());
+    take_weights(accS, known);
     if (kTileInHand) put_output(old_q, &shared.o_full[old_stage][warpgroup]);
     accumulate = 0;
     --n_block;
@@ -261,7 +271,7 @@ struct ForwardMma {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float factor = 1.f;
-      if (Traits::kGeneral && scores().has_sink()) factor = softmax.add_sink(r, scores().sink());
+      if (Traits::kHooks && scores().has_sink()) factor = softmax.add_sink(r, scores().sink());
       if (Traits::kGeneral) factor *= scores().dropout_scale();
       inverse[r] = factor * softmax.inverse_sum(r);
     }
@@ -368,7 +378,7 @@ struct ForwardMma {
         const int full_end = to_uniform(redo ? blocks.visit.begin : blocks.full.end);
         const int full_begin = to_uniform(redo ? blocks.visit.begin : blocks.full.begin);
         const int visit_begin = to_uniform(blocks.visit.begin);
-        if constexpr (!Traits::kGeneral) {  // its steps ask for each block
+        if constexpr (!Traits::kHooks) {  // its steps ask for each block
 #pragma unroll 1
           while (n_block >= full_end && n_block >= visit_begin) step<Step::kMasked>();
 #pragma unroll 1

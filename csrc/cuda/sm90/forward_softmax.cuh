@@ -85,6 +85,10 @@ struct RowSoftmax {
     for (int r = 0; r < 2; ++r)
       row_sum[r] += exponentials<Exponent::kMultiplyAdd>(accS, r, row_max[r]);
   }
+  /// Some row of the warp has met no key yet.
+  FLASH_DEVICE bool any_empty() const {
+    return __any_sync(0xffffffffu, fminf(row_max[0], row_max[1]) == -INFINITY);
+  }
   FLASH_DEVICE bool any_rescale() const {
     return __any_sync(0xffffffffu, rescale[0] != 1.f || rescale[1] != 1.f);
   }

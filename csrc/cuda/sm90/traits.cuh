@@ -68,11 +68,18 @@ struct TileD64General {  // 128x128 -20 %; without turns -3 %
   static constexpr bool kTakeTurns = true;
   static constexpr int kPairStages = 2;
 };
+struct TileD64Products : TileD64Short {  // 192x64: mask -30 %, dropout -10 to -15 %
+  static constexpr int kStages = 8, kPairStages = 2;
+  static constexpr bool kOfProducts = true;
+};
 struct TileD96General : TileD96Short {
   static constexpr int kStages = 4, kPairStages = 1;
 };
 struct TileD128General : TileD128 {  // 128x128 -4 %
   static constexpr int kBlockN = 64, kStages = 4, kPairStages = 2;
+};
+struct TileD128Products : TileD128General {
+  static constexpr bool kOfProducts = true;
 };
 struct TileD192General : TileD192 {
   static constexpr int kStages = 4, kQueryStages = 1, kPairStages = 2;
@@ -170,6 +177,10 @@ template <class Element_, int kHeadDim_, class Tile, Variant kVariant>
 struct ForwardTraits : Tile {
   using Element = Element_;
   static constexpr bool kGeneral = kVariant == Variant::kGeneral;
+  // General: scores pass through the hooks of score_mod, or are products of which a mask that comes
+  // as tiles may drop some; those have the softmax of the plain variant.
+  static constexpr bool kMasksProducts = kGeneral && requires { Tile::kOfProducts; };
+  static constexpr bool kHooks = kGeneral && !kMasksProducts;
   static constexpr int kHeadDim = kHeadDim_;  // bucket: TMA fills columns beyond head_dim with 0
   static constexpr int kHeadDimV = [] {
     if constexpr (requires { Tile::kHeadDimV; }) return Tile::kHeadDimV;
@@ -190,7 +201,9 @@ struct ForwardTraits : Tile {
     if constexpr (kGeneral) return Tile::kPairStages;
     return 0;
   }();
-  static constexpr bool kMayRedo = kStoresThroughQ && !kGeneral;
+  // Dropout's bits are found under the products, unless O needs the registers.
+  static constexpr bool kDrawsEarly = kGeneral && kHeadDimV <= 192;
+  static constexpr bool kMayRedo = kStoresThroughQ && !kHooks;
   // bf16 weights have the exponents of fp32: they need not stay below 1 (see forward_softmax.cuh).
   static constexpr bool kKeepsMaximum = kMayRedo && std::is_same_v<Element, __nv_bfloat16>;
   static constexpr int kLoadRegisters = Tile::kMmaWarpgroups == 2 ? 40 : 32;
@@ -207,7 +220,7 @@ struct ForwardTraits : Tile {
   struct SharedStorage {
     uint16_t q[Tile::kQueryStages][kBlockM * kChunks * 64];  // later O, each warpgroup its rows
     uint16_t kv[Tile::kStages][Tile::kBlockN * kChunks * 64];
-    PairStorage<kPairStages, kBlockM * Tile::kBlockN * 2> pairs;
+    PairStorage<kPairStages, (kHooks ? 2 : 1) * kBlockM * Tile::kBlockN> pairs;
     TileId tile[Tile::kQueryStages];
     int failed[Tile::kQueryStages];  // index of the tile to be done again, or -1
     uint64_t q_full[Tile::kQueryStages], q_empty[Tile::kQueryStages];
