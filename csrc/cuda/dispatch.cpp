@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "cuda/backend.h"
+#include "cuda/device.h"
 #include "cuda/dispatch_value.h"
 #include "cuda/kernels.h"
 #include "cuda/select.h"
@@ -78,6 +79,15 @@ void fill_gradient(const TensorView& view, const SequenceLayout& layout, int num
   if (view.data && layout.ragged())
     launch_fill_rows<kDType>(view, RowView{}, layout, num_heads, batch, width, Fill::kUnowned,
                              stream);
+}
+
+/// Kernels do not visit blocks that a mask drops whole.
+void clear_bias_gradient(const BackwardParams& p, void* stream) {
+  const int (&shape)[4] = p.bias_shape;
+  const int bytes = p.features.score_mod.bias_is_float32 ? 4 : element_bytes(p.dtype);
+  FLASH_CUDA_CHECK(cudaMemsetAsync(p.dbias, 0,
+                                   size_t(shape[0]) * shape[1] * shape[2] * shape[3] * bytes,
+                                   static_cast<cudaStream_t>(stream)));
 }
 
 /// Where the parts of a backward's workspace lie, in bytes from its start.
@@ -172,16 +182,8 @@ void backward_sm90(const KernelSpec& spec, const BackwardParams& p, void* worksp
     dispatch_value<Variant::kPlain, Variant::kGeneral>(
         "variant", spec.variant,
         [&]<Variant kVariant> { sm90::launch_backward<kHeadDim, kVariant>(p, workspace, stream); });
-  });
-}
-
-template <DType kDType>
-void backward_bias(const KernelSpec& spec, const BackwardParams& p, const RowView& delta,
-                   void* stream) {
-  if (spec.arch != Arch::kSm90 || !sm90::sums_bias_gradient(p))
-    return launch_backward_bias<kDType>(p, delta, stream);
-  dispatch_value<64, 128>("head_dim", spec.head_dim <= 64 ? 64 : 128, [&]<int kHeadDim> {
-    sm90::launch_bias_gradient<kHeadDim>(p, delta, stream);
+    if (sm90::sums_bias_gradient(p))
+      sm90::launch_bias_gradient<kHeadDim == 96 ? 128 : kHeadDim>(p, workspace, stream);
   });
 }
 
@@ -213,7 +215,9 @@ void backward(const BackwardParams& p, const Launch& launch) {
     fill_gradient<kDType>(p.dk, p.k_layout, p.num_heads_k, p.batch, p.head_dim, stream);
     fill_gradient<kDType>(p.dv, p.k_layout, p.num_heads_k, p.batch, p.head_dim_v, stream);
     const bool is_sm90 = spec.arch == Arch::kSm90;
-    const bool with_dbias = is_sm90 && sm90::writes_bias_gradient(p);
+    if (p.dbias && !(is_sm90 && sm90::fills_bias_gradient(p))) clear_bias_gradient(p, stream);
+    const bool with_dbias =
+        is_sm90 && (sm90::writes_bias_gradient(p) || sm90::sums_bias_gradient(p));
     if (is_sm90 && (p.dq.data || p.dk.data || p.dv.data || with_dbias))
       backward_sm90(spec, p, workspace + parts.scratch, stream);
     const bool wants_dbias = p.dbias && !with_dbias;
@@ -221,7 +225,7 @@ void backward(const BackwardParams& p, const Launch& launch) {
     if (is_sm90 && !wants_dbias && !p.dslopes && !p.dsink) return;
     launch_backward_delta<kDType>(p, delta, stream);
     if (!is_sm90) backward_with_delta(spec, p, delta, workspace + parts.scratch, stream);
-    if (wants_dbias) backward_bias<kDType>(spec, p, delta, stream);
+    if (wants_dbias) launch_backward_bias<kDType>(p, delta, stream);
     if (p.dslopes) launch_backward_slopes<kDType>(p, delta, workspace + parts.partials, stream);
     if (p.dsink) launch_backward_sink<kDType>(p, delta, stream);
   });

@@ -18,8 +18,8 @@ struct Device {
   void* stream = nullptr;
   Workers* workers = nullptr;
 
-  /// CUDA backends write the rows of out, lse, dq, dk and dv that no sequence owns; for the others
-  /// they are filled beforehand.
+  /// CUDA backends write the rows of out, lse, dq, dk and dv that no sequence owns, and all of
+  /// dbias; for the others they are filled beforehand.
   bool fills_unowned_rows() const { return type == at::kCUDA; }
   int num_workers() const { return workers ? workers->count() : 1; }
 };

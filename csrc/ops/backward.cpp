@@ -97,8 +97,8 @@ void backward_into(InputGradients& results, const Inputs& raw, const Gradients& 
     at::Tensor& target = *members(targets)[i];
     target = target_of(target, *inputs[i], gradients.needs[i]);
     const bool is_bias = i == 3;  // blocks that a mask drops whole are not visited
-    const bool is_filled = i < 3 && device.fills_unowned_rows();
-    if (is_bias || (in.ragged() && !is_filled)) target.zero_();
+    const bool is_filled = i < 4 && device.fills_unowned_rows();
+    if ((is_bias || in.ragged()) && !is_filled) target.zero_();
   }
   run(in, normalised(in, gradients), targets, device);
   for (size_t i = 0; i < inputs.size(); ++i) {

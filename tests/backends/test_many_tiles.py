@@ -18,6 +18,8 @@ FEATURES = {
     "holes": {"mask": "hk"},
     "bias": {"bias": "bhqk", "causal": "top_left"},
     "bias_heads": {"bias": "qk"},
+    "bias_window": {"batch": 2, "heads": 8, "bias": "hqk", "window": (90, 20)},  # tiles of zeros
+    "bias_few": {"seqlen_q": 300, "seqlen_k": 264, "bias": "qk", "window": (90, 20)},  # clusters
     "dropout": {"dropout_p": 0.2, "heads_k": 5},
     "chunk": {"batch": 2, "seqlen_q": 1040, "seqlen_k": 1060, "causal": "bottom_right"},
     "end_of_window": {"batch": 2, "seqlen_q": 1069, "seqlen_k": 1069, "window": (16, 0)},

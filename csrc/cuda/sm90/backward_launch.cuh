@@ -62,6 +62,7 @@ void launch_backward_traits(const BackwardParams& p, const BackwardPlan& plan, v
     const int64_t query_blocks = int64_t{p.batch} * p.num_heads * plan.num_m_blocks;
     launch(prepare_kernel<Traits>, query_blocks, 256, 0, stream, p, schedule);
   }
+  if (!p.dq.data && !p.dk.data && !p.dv.data && !maps.has_dbias) return;  // dbias, by others
   launch(backward_kernel<Traits>, std::min(plan.num_tiles, num_multiprocessors()), Traits::kThreads,
          sizeof(typename Traits::SharedStorage), stream, maps, p, schedule);
 }

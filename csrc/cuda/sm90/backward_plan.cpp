@@ -62,8 +62,9 @@ BackwardPlan make_backward_plan(const BackwardParams& p) {
     // The ring counts additions by generations of as many key blocks each.
     if (is_ragged(p)) plan.dq_slots = heads;
   }
-  const int64_t rows = int64_t{heads} * plan.num_m_blocks * block_m;
-  const int64_t sums = int64_t{plan.dq_slots} * plan.num_m_blocks * block_m * head_dim;
+  plan.rows = plan.num_m_blocks * block_m;
+  const int64_t rows = int64_t{heads} * plan.rows;
+  const int64_t sums = int64_t{plan.dq_slots} * plan.rows * head_dim;
   const int64_t counters = int64_t{plan.dq_slots} * (plan.num_m_blocks + 1) + 2;
   plan.delta_at = round_up(rows * 4);
   plan.dq_sums_at = plan.delta_at + round_up(rows * 4);

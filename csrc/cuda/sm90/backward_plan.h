@@ -15,6 +15,7 @@ struct BackwardPlan {
   int num_m_blocks, num_n_blocks, num_tiles, dq_slots;
   bool last_first;
   bool prepares_inside;                       ///< no kernel before the main one
+  int rows;                                   ///< of lse and delta of a head
   int64_t delta_at, dq_sums_at, counters_at;  ///< bytes from the start; lse_log2 is at 0
   int64_t bytes;
 };

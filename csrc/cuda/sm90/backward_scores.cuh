@@ -94,31 +94,44 @@ struct BackwardScores {
     });
   }
 
-  /// P = exp(unit S - lse) in 16 bits; at most 1, also for a huge score that is recomputed an ulp
-  /// higher. The unit of products that are no scores yet is scale().
+  /// exp(s - lse); at most 1, also for a huge score that is recomputed an ulp higher.
+  FLASH_DEVICE static float weight(float s, float lse, float unit = 1.f) {
+    return exp2_approx(min_or_nan(fmaf(s, unit, -lse), 0.f) * 1.4426950408889634f);
+  }
+  /// P in place of S.
   template <int kCount, class Values>
-  FLASH_DEVICE static void weights(uint32_t (&rP)[kCount / 2], const float (&accS)[kCount],
-                                   const Values& lse, float unit = 1.f) {
-    const auto weight = [&](float s, float l) {
-      return exp2_approx(min_or_nan(fmaf(s, unit, -l), 0.f) * 1.4426950408889634f);
-    };
+  FLASH_DEVICE static void weights(float (&accS)[kCount], const Values& lse) {
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j) {
       const float4 l = lse(j);
-      rP[2 * j] = pack<Element>(weight(accS[4 * j], l.x), weight(accS[4 * j + 1], l.y));
-      rP[2 * j + 1] = pack<Element>(weight(accS[4 * j + 2], l.z), weight(accS[4 * j + 3], l.w));
+      const float of_row[4] = {l.x, l.y, l.z, l.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) accS[4 * j + i] = weight(accS[4 * j + i], of_row[i]);
+    }
+  }
+  /// P = exp(unit S - lse) in 16 bits. The unit of products that are no scores yet is scale().
+  template <int kCount, class Values>
+  FLASH_DEVICE static void weights(uint32_t (&rP)[kCount / 2], const float (&accS)[kCount],
+                                   const Values& lse, float unit = 1.f) {
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+      const float4 l = lse(j);
+      rP[2 * j] = pack<Element>(weight(accS[4 * j], l.x, unit), weight(accS[4 * j + 1], l.y, unit));
+      rP[2 * j + 1] =
+          pack<Element>(weight(accS[4 * j + 2], l.z, unit), weight(accS[4 * j + 3], l.w, unit));
     }
   }
 
-  /// Sets the sign of dropped weights. Rows = keys: half of a Philox call serves two rows and two
-  /// tiles of 8 columns; rows = queries: all of it serves two rows and four tiles.
-  template <int kCount>
-  FLASH_DEVICE void mark_dropped(uint32_t (&rP)[kCount], int row, int column) const {
+  /// f(i, c) for the dropped ones of accumulators 2 i + c. Rows = keys: half of a Philox call
+  /// serves two rows and two tiles of 8 columns; rows = queries: all of it serves two rows and four
+  /// tiles.
+  template <int kPairs, class F>
+  FLASH_DEVICE void for_each_dropped(int row, int column, F&& f) const {
     const auto stream = DropoutStream::of(p.features.dropout, batch, head, p.num_heads);
     constexpr bool kIsTransposed = kRows == BlockRows::kKeys;
     constexpr int kServed = kIsTransposed ? 4 : 8;  // of rP
 #pragma unroll
-    for (int j = 0; j < kCount; j += kServed)
+    for (int j = 0; j < kPairs; j += kServed)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int other = column + 4 * j + c;
@@ -130,9 +143,20 @@ struct BackwardScores {
 #pragma unroll
         for (int i = 0; i < kServed; ++i) {
           const int query = kIsTransposed ? i / 2 : i % 2, key = kIsTransposed ? i % 2 : i / 2;
-          if (!stream.keeps(bits, query, key)) rP[j + i] |= 0x8000u << 16 * c;
+          if (!stream.keeps(bits, query, key)) f(j + i, c);
         }
       }
+  }
+  /// Sets the sign of dropped weights.
+  template <int kCount>
+  FLASH_DEVICE void mark_dropped(uint32_t (&rP)[kCount], int row, int column) const {
+    for_each_dropped<kCount>(row, column, [&](int i, int c) { rP[i] |= 0x8000u << 16 * c; });
+  }
+  template <int kCount>
+  FLASH_DEVICE void mark_dropped(float (&accP)[kCount], int row, int column) const {
+    for_each_dropped<kCount / 2>(row, column, [&](int i, int c) {
+      accP[2 * i + c] = __int_as_float(__float_as_int(accP[2 * i + c]) | 0x80000000);
+    });
   }
   /// Marked weights become 0.
   template <int kCount>
@@ -174,6 +198,27 @@ struct BackwardScores {
       accdP[4 * j + 1] = value(low.y, accdP[4 * j + 1], d.y);
       accdP[4 * j + 2] = value(high.x, accdP[4 * j + 2], d.z);
       accdP[4 * j + 3] = value(high.y, accdP[4 * j + 3], d.w);
+    }
+  }
+  /// sums += dS, from weights in fp32.
+  template <bool kIsClean, int kCount, class Values>
+  FLASH_DEVICE void add_gradient(float (&sums)[kCount], const float (&accP)[kCount],
+                                 float (&accdP)[kCount], const Values& delta) const {
+    if (has_dropout()) {
+      const float scale = dropout_scale();
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        accdP[i] = __float_as_int(accP[i]) < 0 ? 0.f : accdP[i] * scale;
+    }
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+      const float4 d = delta(j);
+      const float of_row[4] = {d.x, d.y, d.z, d.w};
+#pragma unroll
+      for (int i = 4 * j; i < 4 * j + 4; ++i) {
+        const float dp = accdP[i] - of_row[i % 4], weight = fabsf(accP[i]);
+        sums[i] = fmaf(weight, kIsClean ? dp : unless_zero(weight, dp), sums[i]);
+      }
     }
   }
   /// Two weights times their slopes: dS is linear in P. The slope of a masked pair may be NaN.

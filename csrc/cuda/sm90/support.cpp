@@ -87,8 +87,14 @@ bool writes_bias_gradient(const BackwardParams& p) {
 }
 
 bool sums_bias_gradient(const BackwardParams& p) {
-  return backward_head_dim(p) <= 128 && p.bias_shape[2] == p.q_layout.max &&
+  return p.dbias && !writes_bias_gradient(p) && p.bias_shape[2] == p.q_layout.max &&
          p.bias_shape[3] == p.k_layout.max && p.features.score_mod.bias.q_stride != 0;
+}
+
+bool fills_bias_gradient(const BackwardParams& p) {
+  const bool visits_all = p.mask.window_left >= IntervalMask::kUnbounded &&
+                          p.mask.window_right >= IntervalMask::kUnbounded && !is_ragged(p);
+  return sums_bias_gradient(p) || (writes_bias_gradient(p) && visits_all);
 }
 
 }  // namespace flash::cuda::sm90

@@ -20,9 +20,12 @@ bool gradients_are_aligned(const BackwardParams& p);
 /// Whether the backward's kernel writes dbias: that of a bias in the dtype of q which no dimension
 /// broadcasts is dS, block for block.
 bool writes_bias_gradient(const BackwardParams& p);
-/// Whether launch_bias_gradient can: head dims to 128, and the bias has all rows and columns, so
-/// that it does not take keys away from every query.
+/// Whether launch_bias_gradient has to, and can: the bias has all rows and columns, so that it does
+/// not take keys away from every query.
 bool sums_bias_gradient(const BackwardParams& p);
+
+/// Whether either of them writes all of dbias: else it has to be cleared before.
+bool fills_bias_gradient(const BackwardParams& p);
 
 /// Late rows see more keys than early ones: tiles differ in work.
 bool is_causal(const ForwardParams& p);
@@ -37,15 +40,15 @@ int backward_head_dim(const ForwardParams& p);
 int64_t forward_workspace_bytes(const ForwardParams& p);
 int64_t backward_workspace_bytes(const BackwardParams& p);
 
-/// dbias from a complete delta, where sums_bias_gradient(). kHeadDim 64 or 128 holds both.
-template <int kHeadDim>
-void launch_bias_gradient(const BackwardParams& p, const RowView& delta, void* stream);
-
 /// Defined in instances/sm90_*.cu for the head dims above. The backward computes its own delta
 /// from out, dout and dlse; dq, dk, dv and what writes_bias_gradient() says.
 template <int kHeadDim, Variant kVariant>
 void launch_forward(const ForwardParams& p, void* workspace, void* stream);
 template <int kHeadDim, Variant kVariant>
 void launch_backward(const BackwardParams& p, void* workspace, void* stream);
+/// All of dbias, where sums_bias_gradient(), from what launch_backward left in the workspace.
+/// kHeadDim: 64, 128, 192 or 256.
+template <int kHeadDim>
+void launch_bias_gradient(const BackwardParams& p, const void* workspace, void* stream);
 
 }  // namespace flash::cuda::sm90
