@@ -62,6 +62,7 @@ struct BackwardScores {
   template <int kCount, class F>
   FLASH_DEVICE void modify(float (&acc)[kCount], int row, int column, Staged staged, F&& f) const {
     static_assert(kCount % ScoreBlock::kCount == 0, "a block of scores spans 32 columns");
+    if (is_only_staged(staged)) return modify_by_tile(acc, staged);
 #pragma unroll
     for (int j = 0; j < kCount; j += ScoreBlock::kCount) {
       auto scores = ScoreBlock::of([&](int i) { return acc[j + i] * scale(); });
@@ -81,6 +82,38 @@ struct BackwardScores {
 #pragma unroll
       for (int i = 0; i < ScoreBlock::kCount; ++i) acc[j + i] = scores.x[i];
       staged.column += ScoreBlock::kColumns;
+    }
+  }
+
+  /// The usual modifications, a tile of a bias or a mask and nothing else. modify() jumps over what
+  /// a call lacks, block by block, and waits for instructions at every jump.
+  FLASH_DEVICE bool is_only_staged(const Staged& staged) const {
+    const ScoreMod& mod = p.features.score_mod;
+    const bool has_one = staged.has_bias() ? !mod.mask.data : staged.has_mask() && !mod.bias.data;
+    return has_one && !has_slopes() && !mod.alibi_slopes;
+  }
+  template <int kCount>
+  FLASH_DEVICE void modify_by_tile(float (&acc)[kCount], Staged staged) const {
+    const auto for_each_block = [&](auto&& f) {
+#pragma unroll
+      for (int j = 0; j < kCount; j += ScoreBlock::kCount) {
+        f(reinterpret_cast<float (&)[ScoreBlock::kCount]>(acc[j]));
+        staged.column += ScoreBlock::kColumns;
+      }
+    };
+    if (staged.has_bias()) {
+      for_each_block([&](float (&x)[ScoreBlock::kCount]) {
+        const ScoreBlock bias = staged.template bias<Element>();
+#pragma unroll
+        for (int i = 0; i < ScoreBlock::kCount; ++i) x[i] = fmaf(x[i], scale(), bias.x[i]);
+      });
+    } else {
+      for_each_block([&](float (&x)[ScoreBlock::kCount]) {
+        const uint32_t kept = staged.kept();
+#pragma unroll
+        for (int i = 0; i < ScoreBlock::kCount; ++i)
+          x[i] = kept >> kept_bit(i) & 1 ? x[i] * scale() : -INFINITY;
+      });
     }
   }
 

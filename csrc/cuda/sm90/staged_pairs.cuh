@@ -37,12 +37,7 @@ struct StagedPairs {
   template <class Element>
   FLASH_DEVICE ScoreBlock bias() const {
     uint32_t pairs[ScoreBlock::kCount / 2];  // of columns
-    if constexpr (kRows == BlockRows::kQueries) {
-      for_each_pair<Element>(
-          [&](int i, uint32_t place) { pairs[i] = load_shared<uint32_t>(place); });
-    } else {
-      load_transposed<Element>(pairs);
-    }
+    load_matrices<Element>(pairs);
     return ScoreBlock::of([&](int i) {
       const float2 pair = unpack<Element>(pairs[i / 2]);
       return i % 2 ? pair.y : pair.x;
@@ -72,14 +67,21 @@ struct StagedPairs {
   FLASH_DEVICE uint32_t line(int query, int key) const {
     return tile + Layout<T>::moved(Layout<T>::swizzled(query, 0), key);
   }
-  /// Matrices of 8 x 8 elements, transposed on their way: an accumulator's layout as it is.
+  /// Matrices of 8 x 8 elements, transposed on their way if rows are keys: an accumulator's layout
+  /// as it is.
   template <class T>
-  FLASH_DEVICE void load_transposed(uint32_t (&pairs)[ScoreBlock::kCount / 2]) const {
-    const int lane = threadIdx.x % 32;
+  FLASH_DEVICE void load_matrices(uint32_t (&pairs)[ScoreBlock::kCount / 2]) const {
+    const int lane = threadIdx.x % 32, low = lane % 8, half = lane / 8 % 2 * 8;
 #pragma unroll
-    for (int j = 0; j < ScoreBlock::kCount / 4; j += 2)  // 2 x 8 queries of 2 x 8 keys
-      ldmatrix_x4_trans(reinterpret_cast<uint32_t (&)[4]>(pairs[2 * j]),
-                        line<T>(column + 8 * j + lane / 16 * 8 + lane % 8, row + lane / 8 % 2 * 8));
+    for (int j = 0; j < ScoreBlock::kCount / 4; j += 2) {  // 2 x 8 rows of 2 x 8 columns
+      auto& matrices = reinterpret_cast<uint32_t (&)[4]>(pairs[2 * j]);
+      const int first = column + 8 * j + lane / 16 * 8;
+      if constexpr (kRows == BlockRows::kQueries) {
+        ldmatrix_x4(matrices, line<T>(row - lane / 4 + low + half, first));
+      } else {
+        ldmatrix_x4_trans(matrices, line<T>(first + low, row + half));
+      }
+    }
   }
 
   /// Bit 7 of every byte that is not 0.
