@@ -67,7 +67,7 @@ struct BackwardParams : ForwardParams {
   TensorView dout;  ///< (b, h, sq, dv)
   RowView dlse;     ///< (b, h, sq); null data: zero
   TensorView dq, dk, dv;
-  void* dbias = nullptr;    ///< dtype of the bias; zeros: blocks that a mask drops are not visited
+  void* dbias = nullptr;    ///< dtype of the bias; on the CPU zeros: not all blocks are visited
   int bias_shape[4] = {};   ///< of the bias: each 1 or the full size of (b, h, sq, sk)
   void* dslopes = nullptr;  ///< accumulation type
   bool slopes_per_batch = false;
