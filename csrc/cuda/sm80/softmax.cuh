@@ -81,8 +81,7 @@ class OnlineSoftmax {
       for (int half = 0; half < 2; ++half) {
         const float sum = row_lanes_sum(sum_[m][half]);
         const float base = max_[m][half] == -INFINITY ? 0.f : max_[m][half];
-        multiply_row(out, m, half, factor / sum);
-        if (sum == 0.f) clear_row(out, m, half);  // 0 times a NaN of V is none
+        multiply_or_clear_row(out, m, half, sum == 0.f ? 0.f : factor / sum);
         if (threadIdx.x % 4 == 0)
           f(first_row + 16 * m + 8 * half + lane_row(),
             sum == 0.f ? -INFINITY : base * unit_ + logf(sum));

@@ -101,11 +101,15 @@ FLASH_DEVICE void multiply_row(RegisterTile<kRows, kCols>& tile, int m, int half
   }
 }
 
+/// The same, but 0 times a NaN is 0.
 template <int kRows, int kCols>
-FLASH_DEVICE void clear_row(RegisterTile<kRows, kCols>& tile, int m, int half) {
+FLASH_DEVICE void multiply_or_clear_row(RegisterTile<kRows, kCols>& tile, int m, int half,
+                                        float factor) {
 #pragma unroll
   for (int n = 0; n < tile.kTilesN; ++n)
-    tile.at[m][n][2 * half] = tile.at[m][n][2 * half + 1] = 0.f;
+#pragma unroll
+    for (int e = 2 * half; e < 2 * half + 2; ++e)
+      tile.at[m][n][e] = factor == 0.f ? 0.f : tile.at[m][n][e] * factor;
 }
 
 /// A tile rounded to 16 bits, as the left operand of a product: two neighbouring accumulator tiles
