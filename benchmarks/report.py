@@ -166,6 +166,12 @@ def memory_table(report: dict[str, Any]) -> str:
     return markdown_table(["case", *rivals], lines) if lines else ""
 
 
+def revision(facts: dict[str, Any]) -> str:
+    """Of the extension that ran; of the tree where none did, or none is told."""
+    build = facts.get("flash_attn") or {}
+    return str(build.get("source_revision", facts["commit"])[:10])
+
+
 def describe(report: dict[str, Any]) -> str:
     facts = report["machine"]
     parts = [f"**{facts['device']}**"]
@@ -182,7 +188,7 @@ def describe(report: dict[str, Any]) -> str:
             else f"{dtype} {value * 1e-9:.0f} GFLOP/s"
         )
     parts.append(f"matrix product {', '.join(rates)}")
-    parts.append(f"commit {facts['commit']}, {facts['date']}")
+    parts.append(f"commit {revision(facts)}, {facts['date']}")
     return "; ".join(part for part in parts if part)
 
 
