@@ -2,10 +2,11 @@
 """Training steps of a whole GPT by attention: `python -m benchmarks.train --output results.json`.
 
 Forward, backward and AdamW in bf16 autocast, 16k tokens a step, on real text. Standard attention
-(torch.softmax), torch's default scaled_dot_product_attention and ours start from the same weights
-and read the same batches; their steps take turns in a new random order each round. Tokens per
-second are medians over the steps after the first two; memory is the peak of a step beyond what
-was allocated before it; "does not fit" is an out-of-memory error.
+(torch.softmax), torch's default scaled_dot_product_attention and ours (flash_attn_qkvpacked_func:
+the gradient of the projection is one tensor) start from the same weights and read the same batches;
+their steps take turns in a new random order each round. Tokens per second are medians over the
+steps after the first two; memory is the peak of a step beyond what was allocated before it; "does
+not fit" is an out-of-memory error.
 """
 
 from __future__ import annotations
