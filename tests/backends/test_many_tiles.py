@@ -26,6 +26,8 @@ FEATURES = {
     "softcap": {"softcap": 5.0, "alibi": "h", "sink": True},
     # sm90 prepares lse and delta inside its backward at 1024 to 8192 keys, causal 2048
     "ring": {"batch": 2},  # more heads than have sums of dQ at a time
+    "ring_window": {"batch": 2, "seqlen_q": 1300, "window": (100, None)},  # and blocks without keys
+    "ring_causal": {"batch": 4, "seqlen_q": 1300, "causal": "bottom_right"},
     "long_packed": {"heads": 6, "lengths_q": (900, 3, 330), "lengths_k": (1050, 90, 400)},
     "long_causal": {"heads": 4, "seqlen_q": 700, "seqlen_k": 2060, "causal": "bottom_right"},
 }

@@ -129,7 +129,7 @@ struct BackwardSchedule {
   float* dq_sums;           ///< (dq_slots, num_m_blocks, kDqSize) in register order
   int* next_tile;           ///< [2], 0 at launch; the second counts the tiles of queries_kernel
   int* arrivals;            ///< (dq_slots, num_m_blocks), 0 at launch: additions to dQ
-  int* opened;  ///< (dq_slots), 0 at launch: halves of query blocks made ready for a later head
+  int* opened;  ///< (dq_slots), 0 at launch: halves of query blocks made ready for a head
 };
 
 /// One key block of one key head; its query heads and their blocks of queries are looped over, so

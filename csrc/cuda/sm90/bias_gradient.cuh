@@ -4,7 +4,7 @@
 //
 // Grid      persistent; a tile is 128 queries x 128 keys of the bias's own shape, which walks the
 //           batches and heads that it sums up, in a fixed order: no atomics, one rounding, nothing
-//           of N x N in memory. Where tiles are fewer than SMs, the CTAs of a cluster share the
+//           of N x N in memory. Where tiles are at most half as many as SMs, a cluster shares the
 //           walk of one tile, and the first of them adds up their sums.
 // Roles     threads 0 and 32 load; warpgroups 1 and 2: 64 queries each. For each block
 //             S = Q K^T and dP = dO V^T are issued;  P = exp(S - lse) under dP;
