@@ -75,7 +75,10 @@ def flash_attn_func(
     Raises:
         RuntimeError: dtypes, shapes or devices that do not fit.
     """
-    call = partial(_transforms.attention, *(t.transpose(1, 2) for t in (q, k, v)))
+
+    def call(**options: Any) -> tuple[Tensor, Tensor]:
+        return _transforms.attention(*(t.transpose(1, 2) for t in (q, k, v)), **options)
+
     return _dense(
         call, q, k, v,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
@@ -130,7 +133,10 @@ def flash_attn_kvpacked_func(
     The rest, returned values and errors as in `flash_attn_func`.
     """
     k, v = _joint.parts("kv", kv, 2, 5)
-    call = partial(_joint.attention, q.transpose(1, 2), kv)
+
+    def call(**options: Any) -> tuple[Tensor, Tensor]:
+        return _joint.attention(q.transpose(1, 2), kv, **options)
+
     return _dense(
         call, q, k, v,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,

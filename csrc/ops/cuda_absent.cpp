@@ -19,7 +19,7 @@ const std::vector<const Backend*>& cuda_backends() {
 }
 
 TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
-  for (const char* name : {"_fwd", "_bwd", "rng_state", "attention_weights",
+  for (const char* name : {"_fwd", "_bwd", "_bwd_joint", "rng_state", "attention_weights",
                            "_attention_weights_bwd", "_why_unsupported"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse>());
 }

@@ -293,6 +293,10 @@ def test_dtypes(dtype):
 
 def test_errors():
     q, k, v = dense()
+    with pytest.raises(RuntimeError, match=r"expected q \(batch, seqlen, heads, head_dim\), got"):
+        flash_attn_func(q[0, 0], k[0, 0], v[0, 0])
+    with pytest.raises(RuntimeError, match=r"expected q \(batch, seqlen, heads, head_dim\), got"):
+        flash_attn_kvpacked_func(q[0, 0], torch.stack((k, v), 2))
     with pytest.raises(RuntimeError, match="dtype"):
         flash_attn_func(q, k.float(), v)
     with pytest.raises(RuntimeError, match="heads"):
