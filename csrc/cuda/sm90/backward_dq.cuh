@@ -216,8 +216,8 @@ FLASH_DEVICE void convert_dq(const BackwardMaps& maps, const BackwardParams& p,
                                                  Sequence::of(p.k_layout, batch), m_block);
       const int needed = (head_index / schedule.dq_slots + 1) * (adding.end - adding.begin);
       while (ptx::load_acquire(schedule.arrivals + block) < needed) __nanosleep(100);
-      // Where nobody adds, nothing so far says that the place is this head's: opened for later heads
-      // in advance, such a block would be counted in place of another one of this head.
+      // Where nobody adds, nothing so far says that the place is this head's: opened for later
+      // heads in advance, such a block would be counted in place of another one of this head.
       wait_for_slot<Traits>(schedule, head_index);
       ptx::fence_proxy_async_global();
     }

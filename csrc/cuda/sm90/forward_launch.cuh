@@ -65,12 +65,15 @@ void launch_forward_tile(const ForwardParams& p, void* workspace, void* stream) 
   }
 }
 
-/// Whether scores are products, of which at most a mask drops some that comes as tiles.
+/// Whether scores are products, of which at most a mask drops some that comes as tiles. The length
+/// decides, not the strides: that of the batch is free for one sequence, and a row's bits must not
+/// depend on how many there are.
 inline bool scores_are_products(const ForwardParams& p) {
   const ScoreMod& mod = p.features.score_mod;
   return p.softmax_scale > 0 && !mod.has_softcap() && !mod.bias.data && !mod.alibi_slopes &&
          !p.features.sink.enabled() &&
-         (!mod.mask.data || make_pair_tiles(p, 64, 64).kind == PairKind::kMask);
+         (!mod.mask.data ||
+          (p.k_layout.max % 16 == 0 && make_pair_tiles(p, 64, 64).kind == PairKind::kMask));
 }
 
 /// Tiles of the general variant; those that a mask only cuts to a run of keys, plain.
