@@ -98,7 +98,7 @@ def test_keys_left_out_anywhere_do_not_leak(backend, poisoned, make, dim, kind, 
 
 
 @pytest.mark.parametrize("bad", [NAN, INF], ids=str)
-@pytest.mark.parametrize("kind", ["mask", "causal"])
+@pytest.mark.parametrize("kind", ["mask", "causal", "sink"])
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 def test_empty_rows_beside_bad_values(backend, poisoned, make, dim, kind, bad):
     """A row without a key is 0, whatever the values hold that other rows attend."""
@@ -113,9 +113,12 @@ def test_empty_rows_beside_bad_values(backend, poisoned, make, dim, kind, bad):
         options = {"window_right": 0, "bottom_right": True}
         k, v = k[:, :, :40], v[:, :, :40]
         empty = torch.arange(SIZE_Q) < SIZE_Q - 40
+    if kind == "sink":
+        options["sink"] = torch.full((HEADS,), 0.5, device=backend.device)
     with poisoned():
         out, lse = backend.attention(q, k, v, **options)
-    assert (out[:, :, empty] == 0).all() and (lse[:, :, empty] == -INF).all()
+    assert (out[:, :, empty] == 0).all()
+    assert (lse[:, :, empty] == (0.5 if kind == "sink" else -INF)).all()
     assert not out[:, :, ~empty].isfinite().any() and lse[:, :, ~empty].isfinite().all()
 
 

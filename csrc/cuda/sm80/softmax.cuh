@@ -67,7 +67,7 @@ class OnlineSoftmax {
         const float weight = exp2_approx((sink / unit_ - base) * unit_log2_);
         sum_[m][half] = sum_[m][half] * factor + (first_lane ? weight : 0.f);
         max_[m][half] = new_max;
-        multiply_row(out, m, half, factor);
+        multiply_or_clear_row(out, m, half, factor);
       }
   }
 
