@@ -4,8 +4,8 @@
 A round times every rival once, on inputs that rotate; clocks, caches and temperature are then the
 same for all of them on average, and a rival never always runs after the same neighbour. Figures
 are medians with quartiles. GPU times are CUDA events around calls that are queued back to back,
-behind a kernel that waits until the first of them is queued: how long the host takes for one call
-does not count, unless it is longer than the call itself.
+behind a kernel of 0.2 ms, under which the first of them are queued: how long the host takes for one
+call does not count, unless it is longer than the call itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .rivals import Inputs, Rival, make_inputs, refusal_reason
 _MEASUREMENT_S = {"cpu": 4e-3, "cuda": 2e-3}
 _FEWEST_CALLS = {"cpu": 1, "cuda": 4}
 _MAX_CALLS = 50
-_HEAD_START_CYCLES = 400_000  # of the GPU's clock, 0.2 ms and more
+_HEAD_START_CYCLES = 400_000  # of the GPU's clock: 0.2 ms
 # A call of this length needs no second one to be warm.
 _LONG_CALL_S = 0.3
 # Eager softmax attention holds scores, weights and their gradients at once.

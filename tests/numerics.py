@@ -96,7 +96,7 @@ def truth(case, dtype_name, device):
         lse_eager=run(reference.attention, in_float32, grads=False).lse,
         max_score=max_score,
         size=sizes,
-        noise=noise_of_delta(exact, ref.out, UNIT[inputs.dtype]),
+        noise=noise_of_delta(exact, ref.out, inputs.dtype),
     )
 
 
@@ -129,17 +129,17 @@ def natural_sizes(inputs):
     return size, score
 
 
-def noise_of_delta(inputs, out, unit):
-    """How far a gradient moves when out is rounded: delta = rowsum(dO o O) - dLSE is then off by
-    about unit |(O dO)_i| in row i, with a sign of its own, which is to the gradients as if dLSE
-    were. A float32 delta is rounded after each addition besides, by half a unit of what it is then.
-    The largest of a few draws of the signs, element by element.
+def noise_of_delta(inputs, out, dtype):
+    """How far a gradient moves when out is rounded to dtype: delta = rowsum(dO o O) - dLSE is then
+    off by about unit |(O dO)_i| in row i, with a sign of its own, which is to the gradients as if
+    dLSE were. A float32 delta is rounded after each addition besides, by half a unit of what it is
+    then. The largest of a few draws of the signs, element by element.
     """
     products = (out * inputs.dout).nan_to_num(0, 0, 0)
     squares = products.square()
-    if unit == UNIT[torch.float32]:
+    if dtype == torch.float32:
         squares += (products.cumsum(-1) / 2).square()
-    size = unit * squares.sum(-1).sqrt()
+    size = UNIT[dtype] * squares.sum(-1).sqrt()
     if "cu_seqlens_q" in inputs.tensors:
         size = size.mT  # as lse lies
     leaves = {n: inputs.tensors[n].detach().requires_grad_() for n in inputs.differentiable()}

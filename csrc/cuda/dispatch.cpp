@@ -81,7 +81,7 @@ void fill_gradient(const TensorView& view, const SequenceLayout& layout, int num
                              stream);
 }
 
-/// Kernels do not visit blocks that a mask drops whole.
+/// The sm90 kernel that writes dbias does not visit blocks that a mask drops whole.
 void clear_bias_gradient(const BackwardParams& p, void* stream) {
   const int (&shape)[4] = p.bias_shape;
   const int bytes = p.features.score_mod.bias_is_float32 ? 4 : element_bytes(p.dtype);

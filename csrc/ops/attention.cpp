@@ -38,8 +38,7 @@ std::array<at::Tensor, 6> call_backward(const Inputs& in, Gradients& gradients,
 }
 std::array<at::Tensor, 5> call_backward(const JointInputs& all, Gradients& gradients,
                                         const std::array<bool, 5>& needs) {
-  const bool joint = needs[1];
-  gradients.needs = {all.joins_q() ? joint : needs[0], joint, joint, needs[2], needs[3], needs[4]};
+  gradients.needs = {needs[0], needs[1], needs[1], needs[2], needs[3], needs[4]};
   const auto [dq, djoint, dbias, dslopes, dsink] = call_bwd_joint(all, gradients);
   return {dq, djoint, dbias, dslopes, dsink};
 }

@@ -212,10 +212,21 @@ def test_joint_is_bitwise_what_its_parts_give(name, options):
 
 
 @pytest.mark.parametrize("name", JOINT)
-def test_gradient_of_joint_is_one_dense_tensor(name):
-    joint, _, tensors = joint_calls({"causal": True})[name]
-    for grad in torch.autograd.grad(joint(*tensors).sum(), tensors):
-        assert grad.is_contiguous()
+def test_gradient_of_joint_is_not_gathered(name):
+    """One operator writes it, and nothing stacks the gradients of the parts."""
+    joint, parts, tensors = joint_calls({"causal": True})[name]
+
+    def operators_of_backward(function):
+        loss = function(*tensors).sum()
+        with torch.profiler.profile() as profile:
+            grads = torch.autograd.grad(loss, tensors)
+        assert all(grad.is_contiguous() for grad in grads)
+        return {event.key for event in profile.key_averages()}
+
+    gathering = {"aten::stack", "aten::cat"}
+    assert gathering & operators_of_backward(parts)
+    found = operators_of_backward(joint)
+    assert "flash_attn::_bwd_joint" in found and not gathering & found
 
 
 @pytest.mark.parametrize("frozen", [0, 1])

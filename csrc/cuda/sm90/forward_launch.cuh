@@ -72,8 +72,7 @@ inline bool scores_are_products(const ForwardParams& p) {
   const ScoreMod& mod = p.features.score_mod;
   return p.softmax_scale > 0 && !mod.has_softcap() && !mod.bias.data && !mod.alibi_slopes &&
          !p.features.sink.enabled() &&
-         (!mod.mask.data ||
-          (p.k_layout.max % 16 == 0 && make_pair_tiles(p, 64, 64).kind == PairKind::kMask));
+         (!mod.mask.data || (p.k_layout.max % 16 == 0 && pairs_in_tiles(p) == PairKind::kMask));
 }
 
 /// Tiles of the general variant; those that a mask only cuts to a run of keys, plain.

@@ -24,7 +24,7 @@ bool writes_bias_gradient(const BackwardParams& p);
 /// not take keys away from every query.
 bool sums_bias_gradient(const BackwardParams& p);
 
-/// Whether either of them writes all of dbias: else it has to be cleared before.
+/// Whether either of them writes all of dbias: else it is cleared before.
 bool fills_bias_gradient(const BackwardParams& p);
 
 /// Late rows see more keys than early ones: tiles differ in work.

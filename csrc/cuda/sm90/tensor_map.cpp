@@ -131,28 +131,31 @@ CUtensorMap make_bias_gradient_map(const BackwardParams& p, int rows, int cols) 
                    {row, matrix, matrix * p.num_heads}, cols, rows);
 }
 
-PairTiles make_pair_tiles(const ForwardParams& p, int rows, int cols) {
-  const auto tiles = [&](PairKind kind, CUtensorMapDataType type, int bytes,
-                         const PairView& view) -> PairTiles {
+PairKind pairs_in_tiles(const ForwardParams& p) {
+  const auto fits = [&](const PairView& view, int bytes) {
     const auto is_legal = [&](int64_t stride) {
       return stride >= 0 && stride * bytes % 16 == 0 && stride * bytes < int64_t{1} << 40;
     };
-    if (!view.data || p.k_layout.max == 0 || view.k_stride != 1 ||
-        reinterpret_cast<uintptr_t>(view.data) % 16 != 0 || !is_legal(view.q_stride) ||
-        !is_legal(view.head_stride) || !is_legal(view.batch_stride))
-      return {.map = {}, .kind = PairKind::kNone};
-    return {
-        encode<4>(type, bytes, view.data, {p.k_layout.max, p.q_layout.max, p.num_heads, p.batch},
-                  {view.q_stride, view.head_stride, view.batch_stride}, std::min(cols, 128 / bytes),
-                  rows),
-        kind};
+    return view.data && p.k_layout.max > 0 && view.k_stride == 1 &&
+           reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && is_legal(view.q_stride) &&
+           is_legal(view.head_stride) && is_legal(view.batch_stride);
   };
   const ScoreMod& mod = p.features.score_mod;
-  if (!mod.bias_is_float32) {
-    const PairTiles bias = tiles(PairKind::kBias, tma_type(p.dtype), 2, mod.bias);
-    if (bias.kind != PairKind::kNone) return bias;
-  }
-  return tiles(PairKind::kMask, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, mod.mask);
+  if (!mod.bias_is_float32 && fits(mod.bias, 2)) return PairKind::kBias;
+  return fits(mod.mask, 1) ? PairKind::kMask : PairKind::kNone;
+}
+
+PairTiles make_pair_tiles(const ForwardParams& p, int rows, int cols) {
+  const PairKind kind = pairs_in_tiles(p);
+  if (kind == PairKind::kNone) return {.map = {}, .kind = kind};
+  const bool is_bias = kind == PairKind::kBias;
+  const PairView& view = is_bias ? p.features.score_mod.bias : p.features.score_mod.mask;
+  const int bytes = is_bias ? 2 : 1;
+  return {encode<4>(is_bias ? tma_type(p.dtype) : CU_TENSOR_MAP_DATA_TYPE_UINT8, bytes, view.data,
+                    {p.k_layout.max, p.q_layout.max, p.num_heads, p.batch},
+                    {view.q_stride, view.head_stride, view.batch_stride},
+                    std::min(cols, 128 / bytes), rows),
+          kind};
 }
 
 }  // namespace flash::cuda::sm90

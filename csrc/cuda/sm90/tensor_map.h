@@ -21,7 +21,9 @@ std::string why_no_tma_tensor(const char* name, const ForwardParams& p, const Te
 TmaTensor make_tma_tensor(const ForwardParams& p, const TensorView& tensor,
                           const SequenceLayout& layout, int heads, int columns, int box_rows);
 
-/// Tiles of rows x cols of the bias or the mask of a call, if TMA can bring them.
+/// Which of the bias and the mask of a call TMA can bring in tiles, the bias first.
+PairKind pairs_in_tiles(const ForwardParams& p);
+/// Tiles of rows x cols of it.
 PairTiles make_pair_tiles(const ForwardParams& p, int rows, int cols);
 
 /// Boxes of rows x cols of dbias, where writes_bias_gradient().
