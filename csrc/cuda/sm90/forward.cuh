@@ -22,12 +22,12 @@ namespace flash::cuda::sm90 {
 enum class Role { kLoadAndStore, kMma };
 
 template <class Traits>
-FLASH_DEVICE void init_barriers(typename Traits::SharedStorage& shared) {
+FLASH_DEVICE void init_barriers(typename Traits::SharedStorage& shared, int followers) {
   constexpr int kMmaWarps = 4 * Traits::kMmaWarpgroups;  // one lane of each arrives
   for (int i = 0; i < Traits::kQueryStages; ++i) {
     shared.failed[i] = -1;
     ptx::mbarrier_init(&shared.q_full[i], 1);
-    ptx::mbarrier_init(&shared.q_empty[i], Traits::kStoresThroughQ ? 1 : kMmaWarps);
+    ptx::mbarrier_init(&shared.q_empty[i], (Traits::kStoresThroughQ ? 1 : kMmaWarps) + followers);
     for (auto& barrier : shared.o_full[i]) ptx::mbarrier_init(&barrier, 4);
   }
   for (int i = 0; i < Traits::kStages; ++i) {
@@ -51,7 +51,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                    const __grid_constant__ ForwardSchedule schedule) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(raw);
-  if (threadIdx.x == 0) init_barriers<Traits>(shared);
+  const int followers = Traits::kGeneral ? int(has_unattended_keys(p)) +
+                                               int(maps.pairs.kind != PairKind::kNone)
+                                         : 0;
+  if (threadIdx.x == 0) init_barriers<Traits>(shared, followers);
   __syncthreads();  // barriers exist before any role touches them
 
   const int warpgroup = warp_uniform(threadIdx.x >> 7);

@@ -122,8 +122,11 @@ FLASH_DEVICE void store_tiles(const ForwardMaps& maps, typename Traits::SharedSt
     ptx::mbarrier_wait(&shared.q_full[ring.stage], ring.parity);
     const TileId tile = shared.tile[ring.stage];
     if (tile.m_block == TileId::kStop) return;
-    if (tile.m_block == TileId::kFinish) {
+    if (tile.m_block == TileId::kFinish) {  // back when all have seen it: it may be written again
+      for (auto& seen : shared.o_full[ring.stage])
+        ptx::mbarrier_wait(&seen, parities >> ring.stage & 1);
       ptx::mbarrier_arrive(&shared.q_empty[ring.stage]);
+      parities ^= 1u << ring.stage;
       ring.advance();
       continue;
     }
@@ -153,7 +156,7 @@ FLASH_DEVICE void store_tiles(const ForwardMaps& maps, typename Traits::SharedSt
 
 /// f(tile) for every tile, in the order of the load thread. The products of a tile must not be able
 /// to end before f has read it: only that keeps its stage from the next one.
-template <class Traits, class F>
+template <class Traits, bool kIsWarp, class F>
 FLASH_DEVICE void follow_tiles(typename Traits::SharedStorage& shared, F&& f) {
   Ring<Traits::kQueryStages> ring;
   while (true) {
@@ -161,6 +164,8 @@ FLASH_DEVICE void follow_tiles(typename Traits::SharedStorage& shared, F&& f) {
     const TileId tile = shared.tile[ring.stage];
     if (tile.m_block == TileId::kStop) return;
     if (tile.m_block != TileId::kFinish) f(tile);
+    if (kIsWarp) __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.q_empty[ring.stage]);
     ring.advance();
   }
 }
@@ -171,7 +176,7 @@ template <class Traits>
 FLASH_DEVICE void clean_keys(const ForwardParams& p, typename Traits::SharedStorage& shared) {
   typename Traits::KeyValueRing ring;
   const int lane = threadIdx.x % 32;
-  follow_tiles<Traits>(shared, [&](const TileId& tile) {
+  follow_tiles<Traits, true>(shared, [&](const TileId& tile) {
     const AttendedKeys<typename Traits::Element, Variant::kGeneral> keys{p.features.score_mod,
                                                                          tile.batch, tile.head};
     const auto clean = [&](Place at, int n) {
@@ -198,7 +203,7 @@ template <class Traits>
 FLASH_DEVICE void load_pairs(const PairTiles& pairs, const ForwardParams& p,
                              typename Traits::SharedStorage& shared) {
   Ring<Traits::kPairStages> ring;
-  follow_tiles<Traits>(shared, [&](const TileId& tile) {
+  follow_tiles<Traits, false>(shared, [&](const TileId& tile) {
     const Range blocks = tile_key_blocks<Traits>(p, tile);
     for (int n = blocks.end - 1; n >= blocks.begin; --n) {
       ptx::mbarrier_wait(&shared.pairs.empty[ring.stage], ring.parity ^ 1);

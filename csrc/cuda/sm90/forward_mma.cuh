@@ -391,7 +391,10 @@ struct ForwardMma {
       if (tile_in_hand) finish_tile();
       tile_in_hand = false;
       if (next.m_block == TileId::kStop) return;
-      if (next.m_block == TileId::kFinish) q_ring.advance();
+      if (next.m_block == TileId::kFinish) {
+        release(&shared.o_full[q_ring.stage][warpgroup]);
+        q_ring.advance();
+      }
     }
   }
 };
