@@ -12,8 +12,8 @@ lucky, down to an error of 0; so there are four allowances, each with its reason
 - Gradients of float32: P is computed anew as exp(s - lse), where eager has it exactly normalised;
   the same error of a score, times the largest gradient.
 - All gradients but dv: delta = rowsum(dO o O) carries the rounding of out, where eager has the sum
-  before it, and of float32 its own partial sums, which outgrow delta where values have an offset:
-  twice what such an error of delta, drawn at random, makes of the gradient.
+  before it, and of float32 those of all partial sums, of out and its own, which outgrow delta where
+  values have an offset: twice what such an error of delta, drawn at random, makes of the gradient.
 - Gradients of float32 with a few keys: of a row with one key eager has dP - dP = 0, exactly, where
   we subtract two sums of d_v products, delta from dP. Each is off by some last bits of the largest
   dP, sqrt(d_v) / 4 of them, as roundings add up like a random walk. (Of 6000 random problems on
@@ -132,13 +132,15 @@ def natural_sizes(inputs):
 def noise_of_delta(inputs, out, dtype):
     """How far a gradient moves when out is rounded to dtype: delta = rowsum(dO o O) - dLSE is then
     off by about unit |(O dO)_i| in row i, with a sign of its own, which is to the gradients as if
-    dLSE were. A float32 delta is rounded after each addition besides, by half a unit of what it is
-    then. The largest of a few draws of the signs, element by element.
+    dLSE were. Two sums of float32 are rounded after each addition besides, by half a unit of what
+    they are then: delta, and out itself, whose sum over the keys grows evenly to what it is, so that
+    n of them leave sqrt(n / 12) units. The largest of a few draws of the signs, element by element.
     """
     products = (out * inputs.dout).nan_to_num(0, 0, 0)
     squares = products.square()
     if dtype == torch.float32:
-        squares += (products.cumsum(-1) / 2).square()
+        keys = inputs.tensors["k"].shape[0 if "cu_seqlens_q" in inputs.tensors else -2]
+        squares = squares * (1 + keys / 12) + (products.cumsum(-1) / 2).square()
     size = UNIT[dtype] * squares.sum(-1).sqrt()
     if "cu_seqlens_q" in inputs.tensors:
         size = size.mT  # as lse lies
