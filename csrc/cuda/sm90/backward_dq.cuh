@@ -7,6 +7,7 @@
 
 #include "cuda/sm90/backward_prepare.cuh"
 #include "primitives/numeric.cuh"
+#include "primitives/ptx/global_memory.cuh"
 #include "primitives/ptx/shared_memory.cuh"
 
 namespace flash::cuda::sm90 {
@@ -154,10 +155,8 @@ FLASH_DEVICE void round_dq_part(const BackwardParams& p, uint32_t sums, int head
     const int row = first_row + w * 16, column = first_column + c * 8;
     if (column >= p.head_dim) continue;
     uint16_t* to = dq + row * p.dq.row_stride + column;
-    if (row < rows.length) *reinterpret_cast<uint4*>(to) = uint4{low[0], low[1], low[2], low[3]};
-    if (row + 8 < rows.length)
-      *reinterpret_cast<uint4*>(to + 8 * p.dq.row_stride) =
-          uint4{high[0], high[1], high[2], high[3]};
+    if (row < rows.length) ptx::store_global_v4(to, low);
+    if (row + 8 < rows.length) ptx::store_global_v4(to + 8 * p.dq.row_stride, high);
   }
 }
 

@@ -8,6 +8,7 @@
 
 #include "cuda/sm90/backward_traits.cuh"
 #include "primitives/numeric.cuh"
+#include "primitives/ptx/global_memory.cuh"
 #include "primitives/ptx/shared_memory.cuh"
 #include "primitives/ptx/stmatrix.cuh"
 
@@ -207,8 +208,7 @@ FLASH_DEVICE void store_rows(const TensorView& gradient, const Sequence& sequenc
       }
       transpose_quad(v);
       if (row + r * 8 < sequence.length && column + c * 32 < columns)
-        *reinterpret_cast<uint4*>(to + r * 8 * gradient.row_stride + c * 32) =
-            uint4{v[0], v[1], v[2], v[3]};
+        ptx::store_global_v4(to + r * 8 * gradient.row_stride + c * 32, v);
     }
   }
 }
