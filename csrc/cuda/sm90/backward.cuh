@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (threadIdx.x == 0) load_backward_tiles<Traits>(maps, p, schedule, shared);
     if (warp == 1) add_dq<Traits>(p, schedule, shared);
     if (warp >= 2) convert_dq<Traits>(maps, p, schedule, shared, warp - 2);
-  } else if (Traits::kGeneral) {  // long code, once in the instruction cache
+  } else if (Traits::kIsEven) {  // one copy: two fill the instruction cache, causal 512 +20 %
     ptx::grow_registers<Traits::kFirstRegisters>();
     BackwardCompute<Traits>(maps, p, schedule, shared, warpgroup - 1).run();
   } else if (warpgroup == 1) {
