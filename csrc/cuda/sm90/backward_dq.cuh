@@ -109,15 +109,13 @@ FLASH_DEVICE void add_dq(const BackwardParams& p, const BackwardSchedule& schedu
   if (is_leader) ptx::bulk_wait_written<0>();
 }
 
-/// v[i] = v[(i - by) mod 4].
-FLASH_DEVICE void rotate(uint32_t (&v)[4], int by) {
+/// v[i] = v[i ^ by].
+FLASH_DEVICE void exchange(uint32_t (&v)[4], int by) {
 #pragma unroll
   for (int step = 1; step <= 2; ++step) {
-    uint32_t turned[4];
+    const uint32_t u[4] = {v[0], v[1], v[2], v[3]};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) turned[i] = by & step ? v[(i - step) & 3] : v[i];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = turned[i];
+    for (int i = 0; i < 4; ++i) v[i] = by & step ? u[i ^ step] : u[i];
   }
 }
 
@@ -136,27 +134,31 @@ FLASH_DEVICE void round_dq_part(const BackwardParams& p, uint32_t sums, int head
   // Split by columns or not at all: the second half starts at column kHeadDim / 2.
   const int first_column =
       (Traits::kDqSplitsRows ? 0 : half * (Traits::kHeadDim / 2)) + part * kSteps * 8;
-  const Sequence rows = Sequence::of(p.q_layout, head_index / p.num_heads);
-  auto* dq = static_cast<uint16_t*>(p.dq.data) + p.dq.offset(rows, head_index % p.num_heads);
+  const Sequence sequence = Sequence::of(p.q_layout, head_index / p.num_heads);
+  auto* dq = static_cast<uint16_t*>(p.dq.data) + p.dq.offset(sequence, head_index % p.num_heads) +
+             first_row * p.dq.row_stride + first_column;
+  const int rows = sequence.length - first_row, columns = p.head_dim - first_column;
   const float scale = static_cast<float>(p.softmax_scale);
+  const uint32_t first_piece = sums + lane % 8 * 64 + turn * 16;
 #pragma unroll 1
-  for (int i = 0; i < kSteps; ++i) {
-    const int w = (i * 4 + lane / 8) / kSteps, c = (i * 4 + lane / 8) % kSteps;
-    uint32_t low[4], high[4];  // rows `row` and `row` + 8
+  for (int i = lane / 8; i < kSteps * 4; i += 4) {
+    const int w = i / kSteps, c = i % kSteps;
+    uint32_t pieces[4][4], low[4], high[4];  // rows 16 w and 16 w + 8
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      ptx::load_shared_v4(pieces[j], (first_piece + (c * 4 + w) * 512) ^ (j * 16));
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      uint32_t piece[4];
-      ptx::load_shared_v4(piece, sums + (c * 4 + w) * 512 + lane % 8 * 64 + ((j + turn) & 3) * 16);
-      low[j] = pack<Element>(__uint_as_float(piece[0]) * scale, __uint_as_float(piece[1]) * scale);
-      high[j] = pack<Element>(__uint_as_float(piece[2]) * scale, __uint_as_float(piece[3]) * scale);
+      const auto scaled = [&](int e) { return __uint_as_float(pieces[j][e]) * scale; };
+      low[j] = pack<Element>(scaled(0), scaled(1));
+      high[j] = pack<Element>(scaled(2), scaled(3));
     }
-    rotate(low, turn);
-    rotate(high, turn);
-    const int row = first_row + w * 16, column = first_column + c * 8;
-    if (column >= p.head_dim) continue;
-    uint16_t* to = dq + row * p.dq.row_stride + column;
-    if (row < rows.length) ptx::store_global_v4(to, low);
-    if (row + 8 < rows.length) ptx::store_global_v4(to + 8 * p.dq.row_stride, high);
+    exchange(low, turn);
+    exchange(high, turn);
+    if (c * 8 >= columns) continue;
+    uint16_t* to = dq + w * 16 * p.dq.row_stride + c * 8;
+    if (w * 16 < rows) ptx::store_global_v4(to, low);
+    if (w * 16 + 8 < rows) ptx::store_global_v4(to + 8 * p.dq.row_stride, high);
   }
 }
 
@@ -217,7 +219,7 @@ FLASH_DEVICE void convert_dq(const BackwardMaps& maps, const BackwardParams& p,
       while (ptx::load_acquire(schedule.arrivals + block) < needed) __nanosleep(100);
       // Where nobody adds, nothing so far says that the place is this head's: opened for later
       // heads in advance, such a block would be counted in place of another one of this head.
-      wait_for_slot<Traits>(schedule, head_index);
+      if (adding.begin >= adding.end) wait_for_slot<Traits>(schedule, head_index);
       ptx::fence_proxy_async_global();
     }
     const float* sums = schedule.dq_sums + block * Traits::kDqSize + half * kSize;
