@@ -26,8 +26,8 @@ inline BackwardSchedule make_backward_schedule(const BackwardPlan& plan, bool de
   schedule.lse_log2 = static_cast<float*>(workspace);
   schedule.delta = static_cast<float*>(at(plan.delta_at));
   schedule.dq_sums = static_cast<float*>(at(plan.dq_sums_at));
-  schedule.next_tile = static_cast<int*>(at(plan.counters_at));
-  schedule.arrivals = schedule.next_tile + 2;
+  schedule.drawn = static_cast<DrawnWork*>(at(plan.counters_at));
+  schedule.arrivals = reinterpret_cast<int*>(schedule.drawn + 1);
   schedule.opened = schedule.arrivals + int64_t{plan.dq_slots} * plan.num_m_blocks;
   return schedule;
 }
@@ -56,7 +56,7 @@ void launch_backward_traits(const BackwardParams& p, const BackwardPlan& plan, v
     constexpr int kRows = Traits::kBlockM / 2;
     maps.half_out = make_tma_tensor(p, p.out, p.q_layout, p.num_heads, p.head_dim_v, kRows);
     maps.half_dout = make_tma_tensor(p, p.dout, p.q_layout, p.num_heads, p.head_dim_v, kRows);
-    FLASH_CUDA_CHECK(cudaMemsetAsync(schedule.next_tile, 0, plan.bytes - plan.counters_at,
+    FLASH_CUDA_CHECK(cudaMemsetAsync(schedule.drawn, 0, plan.bytes - plan.counters_at,
                                      static_cast<cudaStream_t>(stream)));
   } else {
     const int64_t query_blocks = int64_t{p.batch} * p.num_heads * plan.num_m_blocks;

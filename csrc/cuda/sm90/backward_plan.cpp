@@ -65,11 +65,11 @@ BackwardPlan make_backward_plan(const BackwardParams& p) {
   plan.rows = plan.num_m_blocks * block_m;
   const int64_t rows = int64_t{heads} * plan.rows;
   const int64_t sums = int64_t{plan.dq_slots} * plan.rows * head_dim;
-  const int64_t counters = int64_t{plan.dq_slots} * (plan.num_m_blocks + 1) + 2;
+  const int64_t counters = int64_t{plan.dq_slots} * (plan.num_m_blocks + 1);
   plan.delta_at = round_up(rows * 4);
   plan.dq_sums_at = plan.delta_at + round_up(rows * 4);
   plan.counters_at = plan.dq_sums_at + round_up(sums * 4);
-  plan.bytes = plan.counters_at + round_up(counters * 4);
+  plan.bytes = plan.counters_at + round_up(int64_t{sizeof(DrawnWork)} + counters * 4);
   return plan;
 }
 

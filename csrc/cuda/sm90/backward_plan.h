@@ -10,6 +10,15 @@ namespace flash::cuda::sm90 {
 /// memory.
 enum class BackwardRow { kD64, kD64Short, kD128, kD128Short, kGeneral, kSeparate };
 
+/// What has been drawn so far; 0 at launch. All work of the fused kernel is drawn, in an order in
+/// which everything waits only for what was drawn before it, and whoever holds two does them in
+/// that order: a CTA that has not started, because another kernel holds its SM, keeps nothing
+/// waiting.
+struct DrawnWork {
+  int tiles, query_tiles;       ///< query_tiles: of queries_kernel
+  int opened[2], converted[2];  ///< halves of query blocks, by the converting warps
+};
+
 struct BackwardPlan {
   BackwardRow row;
   int num_m_blocks, num_n_blocks, num_tiles, dq_slots;

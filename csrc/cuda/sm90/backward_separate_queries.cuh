@@ -44,7 +44,7 @@ FLASH_DEVICE void load_query_tiles(const BackwardMaps& maps, const BackwardParam
   Ring<2> slot;
   int q_parity = 1;
   for (int index = blockIdx.x; publish_tile(shared, slot, index, schedule.num_tiles);
-       index = gridDim.x + atomicAdd(schedule.next_tile + 1, 1)) {
+       index = gridDim.x + atomicAdd(&schedule.drawn->query_tiles, 1)) {
     const QueryTileId tile = query_tile<Traits>(p, schedule.num_m_blocks, index);
     const int head_k = tile.head / p.gqa_ratio(), row = tile.m_block * kBlockM;
     const int64_t first_row =

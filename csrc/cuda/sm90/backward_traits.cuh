@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #pragma once
 
+#include "cuda/sm90/backward_plan.h"
 #include "cuda/sm90/traits.cuh"
 
 namespace flash::cuda::sm90 {
@@ -129,9 +130,9 @@ struct BackwardSchedule {
   float *lse_log2, *delta;  ///< (batch, num_heads, num_m_blocks * kBlockM): +inf, 0 in padding;
                             ///< general variant: lse itself
   float* dq_sums;           ///< (dq_slots, num_m_blocks, kDqSize) in register order
-  int* next_tile;           ///< [2], 0 at launch; the second counts the tiles of queries_kernel
-  int* arrivals;            ///< (dq_slots, num_m_blocks), 0 at launch: additions to dQ
-  int* opened;  ///< (dq_slots), 0 at launch: halves of query blocks made ready for a head
+  DrawnWork* drawn;
+  int* arrivals;  ///< (dq_slots, num_m_blocks), 0 at launch: additions to dQ
+  int* opened;    ///< (dq_slots), 0 at launch: halves of query blocks made ready for a head
 };
 
 /// One key block of one key head; its query heads and their blocks of queries are looped over, so
