@@ -212,11 +212,36 @@ struct BackwardCompute {
     }
   }
 
+  /// dK and dV of the tile, through the stage of dS of the next step. Nobody reads that: dQ of the
+  /// step before the last was complete when its warpgroup let the other have dS of the last.
+  FLASH_DEVICE void store_from_ds(const BackwardTileId& tile) {
+    const uint32_t dv = ds_chunk(ring.stage), dk = dv + 64 * 128;
+    put_rows<Element>(dv, accdV, 1.f, warp);
+    put_rows<Element>(dk, accdK, static_cast<float>(p.softmax_scale), warp);
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(barrier_of(NamedBarrier::kDsTaken, warpgroup), 128);  // all have put
+    if ((threadIdx.x & 127) != 0) return;
+    const auto store = [&](const TmaTensor& tensor, uint32_t rows) {
+      const TmaRow first = tensor.first_row(tile.k);
+      ptx::tma_store_5d(tensor.map, rows, 0, first.row + tile.n_block * kBlockN + warpgroup * 64,
+                        tile.head_k, first.slice, tensor.wrap);
+    };
+    if (p.dv.data) store(maps.dv, dv);
+    if (p.dk.data) store(maps.dk, dk);
+    ptx::bulk_commit();
+  }
+  /// dS, and after the last tile shared memory, may be given to others.
+  FLASH_DEVICE void wait_for_stores() const {
+    if ((threadIdx.x & 127) == 0) ptx::bulk_wait_read<0>();
+    ptx::named_barrier_sync(barrier_of(NamedBarrier::kDsTaken, warpgroup), 128);
+  }
+
   FLASH_DEVICE void run() {
     Ring<2> slot;
     int kv_parity = 0;
     for (int index; (index = next_tile(shared, slot)) >= 0;) {
       const BackwardTileId tile = backward_tile<Traits>(p, schedule, index);
+      if constexpr (Traits::kStoresFromDs) wait_for_stores();
       key = tile.n_block * kBlockN + warpgroup * 64 + warp * 16 + lane / 4;
       kept = KeptColumns(p.mask_of(tile.q, tile.k).transposed(), key);
 #pragma unroll
@@ -239,11 +264,17 @@ struct BackwardCompute {
           run_head(tile, reloads || g + 1 == p.gqa_ratio());
         }
       }
-      const float dv_scale = kGeneral ? general.scores.dropout_scale() : 1.f;
-      store_rows<Element, kHeadDim>(p.dv, tile.k, tile.head_k, accdV, dv_scale, key, p.head_dim_v);
-      store_rows<Element, kHeadDim>(p.dk, tile.k, tile.head_k, accdK,
-                                    static_cast<float>(p.softmax_scale), key, p.head_dim);
+      if constexpr (Traits::kStoresFromDs) {
+        store_from_ds(tile);
+      } else {
+        const float dv_scale = kGeneral ? general.scores.dropout_scale() : 1.f;
+        store_rows<Element, kHeadDim>(p.dv, tile.k, tile.head_k, accdV, dv_scale, key,
+                                      p.head_dim_v);
+        store_rows<Element, kHeadDim>(p.dk, tile.k, tile.head_k, accdK,
+                                      static_cast<float>(p.softmax_scale), key, p.head_dim);
+      }
     }
+    if constexpr (Traits::kStoresFromDs) wait_for_stores();
   }
 };
 

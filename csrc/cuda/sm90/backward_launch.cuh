@@ -52,6 +52,10 @@ void launch_backward_traits(const BackwardParams& p, const BackwardPlan& plan, v
                             void* stream) {
   const BackwardSchedule schedule = make_backward_schedule(plan, p.deterministic, workspace);
   BackwardMaps maps = make_backward_maps<Traits>(p);
+  if constexpr (Traits::kStoresFromDs) {
+    if (p.dk.data) maps.dk = make_tma_tensor(p, p.dk, p.k_layout, p.num_heads_k, p.head_dim, 64);
+    if (p.dv.data) maps.dv = make_tma_tensor(p, p.dv, p.k_layout, p.num_heads_k, p.head_dim_v, 64);
+  }
   if (plan.prepares_inside) {
     constexpr int kRows = Traits::kBlockM / 2;
     maps.half_out = make_tma_tensor(p, p.out, p.q_layout, p.num_heads, p.head_dim_v, kRows);

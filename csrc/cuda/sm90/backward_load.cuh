@@ -12,6 +12,7 @@ namespace flash::cuda::sm90 {
 struct BackwardMaps {
   TmaTensor q, k, v, dout;            ///< boxes of 64 columns
   TmaTensor half_out{}, half_dout{};  ///< prepares_inside: of half a block of queries
+  TmaTensor dk{}, dv{};               ///< kStoresFromDs: of 64 keys
   // General variant:
   PairTiles pairs{};
   CUtensorMap dbias{};     ///< boxes of kBlockM queries x 64 keys

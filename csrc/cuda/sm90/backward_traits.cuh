@@ -85,6 +85,9 @@ struct BackwardTraits : Tile {
   static constexpr int kPairStages = kGeneral ? kStages : 0, kDsStages = kGeneral ? 1 : kStages;
   static constexpr int kConvertParts = kGeneral ? 2 : 1;  // of a half of dQ of a block
   static constexpr bool kMayPrepare = !kGeneral;          // see BackwardSchedule::prepares_inside
+  // dK and dV leave by TMA, from the stage of dS that the next step will write. It has room for
+  // the 64 rows of both at head dim 64.
+  static constexpr bool kStoresFromDs = !kGeneral && kBlockM == 128 && kHeadDim == 64;
   // Of one converting warp, in floats: a part of dQ, or O and dO of half a block of queries.
   static constexpr int kConvertSize =
       kMayPrepare ? kBlockM / 2 * kChunks * 64 : kDqSize / 2 / kConvertParts;
@@ -100,7 +103,7 @@ struct BackwardTraits : Tile {
     uint16_t dout[kStages][kBlockM * kChunks * 64];
     uint16_t ds[kDsStages][kBlockM * kBlockN];  // rows = queries; chunk w: keys of warpgroup w
     [[no_unique_address]] PairStorage<kPairStages, kBlockM * kBlockN * 2> pairs;
-    float dq[kDqSize];                 // on its way to global memory
+    float dq[kDqSize];                             // on its way to global memory
     alignas(64) float converted[2][kConvertSize];  // half a block each
     float lse_log2[kStages][kBlockM], delta[kStages][kBlockM];
     uint64_t k_full, k_empty, v_full, v_empty;
@@ -117,8 +120,9 @@ enum class NamedBarrier : int {
   kDsWritten = 1,
   kDqFull = 2,
   kDqEmpty = 4,
-  kKeysClean = 6
-};  // the last three: + slice or warpgroup
+  kKeysClean = 6,
+  kDsTaken = 8
+};  // the last four: + slice or warpgroup
 
 /// The workspace, and how the tiles are numbered.
 struct BackwardSchedule {
