@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int warpgroup = warp_uniform(threadIdx.x >> 7), warp = warp_uniform(threadIdx.x >> 5);
   if (warpgroup == 0) {
     ptx::shrink_registers<Traits::kLoadRegisters>();
+    ptx::wait_for_previous_grid();  // prepare_kernel; the other warpgroups wait for what is loaded
     if (threadIdx.x == 0) load_backward_tiles<Traits>(maps, p, schedule, shared);
     if (warp == 1) add_dq<Traits>(p, schedule, shared);
     if (warp >= 2) convert_dq<Traits>(maps, p, schedule, shared, warp - 2);

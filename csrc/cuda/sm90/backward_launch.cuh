@@ -67,8 +67,15 @@ void launch_backward_traits(const BackwardParams& p, const BackwardPlan& plan, v
     launch(prepare_kernel<Traits>, query_blocks, 256, 0, stream, p, schedule);
   }
   if (!p.dq.data && !p.dk.data && !p.dv.data && !maps.has_dbias) return;  // dbias, by others
-  launch(backward_kernel<Traits>, std::min(plan.num_tiles, num_multiprocessors()), Traits::kThreads,
-         sizeof(typename Traits::SharedStorage), stream, maps, p, schedule);
+  const int ctas = std::min(plan.num_tiles, num_multiprocessors());
+  constexpr size_t kSharedBytes = sizeof(typename Traits::SharedStorage);
+  if (plan.prepares_inside) {
+    launch(backward_kernel<Traits>, ctas, Traits::kThreads, kSharedBytes, stream, maps, p,
+           schedule);
+  } else {  // its CTAs start as those of prepare_kernel end
+    launch_early(backward_kernel<Traits>, ctas, Traits::kThreads, kSharedBytes, stream, maps, p,
+                 schedule);
+  }
 }
 
 /// Element of the call; the row of the tile table is the plan's.

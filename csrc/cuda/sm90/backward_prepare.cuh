@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(256)
   const int m_block = blockIdx.x % schedule.num_m_blocks;
   const int head = blockIdx.x / schedule.num_m_blocks;  // of the whole batch
   const int64_t block = blockIdx.x;
-  ptx::launch_next_grid();  // keys_kernel may set itself up
+  ptx::launch_next_grid();  // which may set itself up
   if (block == 0 && threadIdx.x == 0) *schedule.drawn = {};
   if constexpr (Traits::kSumsDq) {
     if (head < schedule.dq_slots) {
