@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // FlashAttention-2, Algorithm 2, for sm_90a: persistent and warp-specialised.
 //
-// Grid      min(tiles, SMs) CTAs of three warpgroups; a tile is 128 keys of one key head, against
-//           all blocks of kBlockM queries of its query heads that see one of them.
+// Grid      min(tiles, SMs) CTAs of three warpgroups, which draw all work; none has to be there. A
+//           tile is 128 keys of one key head, against all blocks of kBlockM queries of its query
+//           heads that see one of them.
 // Roles     warpgroup 0: thread 0 draws tiles and loads (backward_load.cuh), warp 1 adds dQ to
 //           the fp32 sums, warps 2 and 3 convert finished sums (backward_dq.cuh);
 //           warpgroups 1 and 2: 64 keys each, dK and dV in registers (backward_compute.cuh).

@@ -14,22 +14,24 @@ BackwardRow choose_row(const BackwardParams& p) {
   const int head_dim = backward_head_dim(p);
   if (head_dim > 128) return BackwardRow::kSeparate;
   if (p.variant() == Variant::kGeneral) return BackwardRow::kGeneral;
-  // Measured on one H200. Head dims 96 and 128, where S and dP twice cost less than sums of dQ:
-  // causal 512, head dim 128 +7 %, 1k -8 %, 2k -14 %; deterministic, full, +7 to +21 % from 512 to
-  // 2k, causal 0 to 4 % at 2k.
-  const int longest_short = head_dim == 96 ? 1024 : 512;
-  const bool is_short = length <= (p.deterministic ? 2048 : is_causal(p) ? longest_short : 0);
-  if (head_dim > 64 && is_short) return BackwardRow::kSeparate;
+  // Measured on one H200. Head dims 96 and 128, where S and dP twice cost less than ordered sums of
+  // dQ: full +7 to +21 % from 512 to 2k, causal 0 to 4 % at 2k. Where sums are not ordered: causal
+  // 512 -8 % at head dim 128 and 0 at 96, 1k -13 % at 96.
+  if (head_dim > 64 && p.deterministic && length <= 2048) return BackwardRow::kSeparate;
   if (head_dim == 96) return BackwardRow::kD128;
-  if (head_dim == 64)  // the short row at causal 2k +4 to 8 %, 4k -4 %; full 1k +2 to 4 %, 2k -3 %
+  if (!p.deterministic)  // the other rows at 4k to 16k: 0 to -4 %, full 2k at head dim 64 -4 %
+    return head_dim == 64 ? BackwardRow::kD64Short : BackwardRow::kD128Short;
+  // Ordered: the short rows at causal 1k +2 %, 4k -1 %; full 2k -2 %, 4k -3 %.
+  if (head_dim == 64)
     return length <= (is_causal(p) ? 2048 : 1024) ? BackwardRow::kD64Short : BackwardRow::kD64;
   if (is_causal(p)) return length < 8192 ? BackwardRow::kD128Short : BackwardRow::kD128;
-  return length <= 2048 ? BackwardRow::kD128Short : BackwardRow::kD128;  // at 2k +1.5 %
+  return BackwardRow::kD128;
 }
 
 /// Whether the converting warps have time to make lse and delta too: that grows with the blocks of
-/// keys that add to a block of queries. Full 512 -3 to -9 %, 1k to 4k +2 to 5 %; causal to 1k 0 to
-/// -9 %, 2k and 4k -1 to +3 %; 8k -2 to +3 %; 16k, where the pass is 1 % of the time, -1 to -4 %.
+/// keys that add to a block of queries. Full 512 -3 to -9 %, 1k to 4k +2 to 5 %; causal 512 -5 to
+/// -12 %, 1k 0 to -5 %, 2k +3 to 8 %, 4k -1 to +3 %; 8k -2 to +3 %; 16k, where the pass is 1 % of
+/// the time, -1 to -4 %.
 bool prepares_inside(const BackwardParams& p, BackwardRow row) {
   if (row == BackwardRow::kGeneral || row == BackwardRow::kSeparate) return false;
   const int64_t window = int64_t{p.mask.window_left} + p.mask.window_right + 1;
