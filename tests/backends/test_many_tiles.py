@@ -29,6 +29,27 @@ FEATURES = {
     "ring_window": {"batch": 2, "seqlen_q": 1300, "window": (100, None)},  # and blocks without keys
     "ring_causal": {"batch": 4, "seqlen_q": 1300, "causal": "bottom_right"},
     "long_packed": {"heads": 6, "lengths_q": (900, 3, 330), "lengths_k": (1050, 90, 400)},
+    # Sequences sorted by their lengths; rows of several heads in one tile.
+    "many_packed": {
+        "heads": 2,
+        "lengths_q": tuple(i % 5 for i in range(1100)),
+        "lengths_k": tuple(i % 7 for i in range(1100)),
+    },
+    "few_queries": {
+        "batch": 2,
+        "heads": 24,
+        "heads_k": 2,
+        "seqlen_q": 70,
+        "causal": "bottom_right",
+    },
+    "few_queries_packed": {
+        "heads": 16,
+        "heads_k": 2,
+        "lengths_q": (70, 1, 0, 33),
+        "lengths_k": (700, 90, 40, 333),
+        "window": (300, 5),
+    },
+    "one_query": {"batch": 30, "heads": 64, "heads_k": 1, "seqlen_q": 1, "seqlen_k": 400},
     "long_causal": {"heads": 4, "seqlen_q": 700, "seqlen_k": 2060, "causal": "bottom_right"},
 }
 SIZES = {"batch": 1, "heads": 20, "seqlen_q": 1000, "seqlen_k": 1040}

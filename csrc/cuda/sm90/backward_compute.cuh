@@ -223,8 +223,9 @@ struct BackwardCompute {
     if ((threadIdx.x & 127) != 0) return;
     const auto store = [&](const TmaTensor& tensor, uint32_t rows) {
       const TmaRow first = tensor.first_row(tile.k);
-      ptx::tma_store_5d(tensor.map, rows, 0, first.row + tile.n_block * kBlockN + warpgroup * 64,
-                        tile.head_k, first.slice, tensor.wrap);
+      ptx::tma_store_5d(tensor.map, rows, 0, tile.head_k,
+                        first.row + tile.n_block * kBlockN + warpgroup * 64, first.slice,
+                        tensor.wrap);
     };
     if (p.dv.data) store(maps.dv, dv);
     if (p.dk.data) store(maps.dk, dk);

@@ -28,8 +28,8 @@ FLASH_DEVICE void load_rows(const TmaTensor& tensor, const uint16_t* tile, uint6
   const TmaRow first = tensor.first_row(sequence);
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    ptx::tma_load_5d(shared_address(tile) + c * rows * 128, tensor.map, full, column + c * 64,
-                     first.row + row, head, first.slice, tensor.wrap, policy);
+    ptx::tma_load_5d(shared_address(tile) + c * rows * 128, tensor.map, full, column + c * 64, head,
+                     first.row + row, first.slice, tensor.wrap, policy);
   }
 }
 

@@ -51,9 +51,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                    const __grid_constant__ ForwardSchedule schedule) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(raw);
-  const int followers = Traits::kGeneral ? int(has_unattended_keys(p)) +
-                                               int(maps.pairs.kind != PairKind::kNone)
-                                         : 0;
+  const int followers =
+      Traits::kGeneral ? int(has_unattended_keys(p)) + int(maps.pairs.kind != PairKind::kNone) : 0;
   if (threadIdx.x == 0) init_barriers<Traits>(shared, followers);
   __syncthreads();  // barriers exist before any role touches them
 
@@ -66,7 +65,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if constexpr (Traits::kGeneral) {
       if (threadIdx.x / 32 == 2 && has_unattended_keys(p)) clean_keys<Traits>(p, shared);
       if (threadIdx.x == 96 && maps.pairs.kind != PairKind::kNone)
-        load_pairs<Traits>(maps.pairs, p, shared);
+        load_pairs<Traits>(maps.pairs, shared);
     }
   } else {
     ptx::grow_registers<Traits::kMmaRegisters>();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "cuda/launch.cuh"
 #include "cuda/sm90/forward.cuh"
@@ -10,48 +11,86 @@
 
 namespace flash::cuda::sm90 {
 
-/// Causal tiles differ in work: heavy first, from a counter, in sections of heads. Sections of 4 MB
-/// of K and V gain up to 12 % at 512 tokens and lose beyond 1k; 48 MB gain 2-11 % from 2k. So do
-/// tiles cut to runs, of which only the general ones, with more work elsewhere, keep a fixed order.
+/// Query heads of one key head whose rows share tiles, a power of 2: few queries leave most of a
+/// tile empty, and K and V are read once for all of them.
+template <class Traits>
+int packed_heads_log2(const ForwardParams& p) {
+  if (Traits::kGeneral || has_key_runs(p)) return 0;
+  int log2 = 0;  // no more than the rows of a warpgroup, which leave by one store
+  while (log2 < 6 && p.gqa_ratio() % (2 << log2) == 0) ++log2;
+  const auto tiles = [&](int log2_heads) {
+    return ceil_div(int64_t{p.q_layout.max} << log2_heads, Traits::kBlockM) << (log2 - log2_heads);
+  };
+  return tiles(log2) < tiles(0) ? log2 : 0;
+}
+
+/// Sections of 4 MB of K and V gain up to 12 % at 512 tokens and lose beyond 1k; 48 MB gain 2-11 %
+/// from 2k. Tiles are drawn from a counter where they differ in work, tiles cut to runs too; of
+/// those only the general ones, with more work elsewhere, keep a fixed order.
 template <class Traits>
 ForwardSchedule make_schedule(const ForwardParams& p, void* workspace) {
   ForwardSchedule schedule{};
-  schedule.num_m_blocks = (p.q_layout.max + Traits::kBlockM - 1) / Traits::kBlockM;
-  schedule.num_tiles = schedule.num_m_blocks * p.num_heads * p.batch;
-  schedule.heavy_first = is_causal(p) || is_ragged(p);
+  const int log2_heads = packed_heads_log2<Traits>(p);
+  const int heads = p.num_heads >> log2_heads;
+  const int64_t m_blocks = ceil_div(int64_t{p.q_layout.max} << log2_heads, Traits::kBlockM);
+  int64_t blocks = m_blocks * p.batch;
+  if (p.q_layout.packed())
+    blocks = std::min(blocks, (p.q_layout.total << log2_heads) / Traits::kBlockM + p.batch);
+  schedule.num_tiles = int(blocks * heads);
+  if (schedule.num_tiles == 0) return schedule;
+  schedule.log2_heads = log2_heads;
+  schedule.num_m_blocks = Divisor(int(m_blocks));
+  schedule.heads = Divisor(heads);
+  schedule.gqa_ratio = Divisor(p.gqa_ratio());
+  schedule.order = sequence_order(p, workspace);
+  schedule.heavy_first = is_causal(p) && !schedule.order.batch;
   if (has_key_runs(p)) {
     schedule.runs = key_runs(p, workspace);
     schedule.taken = !Traits::kGeneral   ? RunsTaken::kWhole
                      : runs_are_plain(p) ? RunsTaken::kWithHoles
                                          : RunsTaken::kAll;
   }
-  if (schedule.heavy_first || (schedule.runs.run && !Traits::kGeneral))
+  if (schedule.heavy_first || schedule.order.batch || (schedule.runs.run && !Traits::kGeneral))
     schedule.next_tile = static_cast<unsigned*>(workspace);
   const int64_t short_section = Traits::kHeadDim == 128 ? 1024 : 512;
   const int64_t section_bytes = int64_t{p.k_layout.max <= short_section ? 4 : 48} << 20;
   const int64_t head_bytes = int64_t{2} * std::max(p.k_layout.max, 1) * (p.head_dim + p.head_dim_v);
-  schedule.section_heads =
-      int(std::clamp<int64_t>(section_bytes / head_bytes, 1, p.num_heads_k * int64_t{p.batch})) *
-      p.gqa_ratio();
+  const int64_t all_heads = int64_t{heads} * (schedule.order.batch ? 1 : p.batch);
+  const int group = p.gqa_ratio() >> log2_heads;  // as numbered
+  const int section =
+      int(std::clamp<int64_t>(section_bytes / head_bytes, 1, all_heads / group)) * group;
+  schedule.section = Divisor(section);
+  schedule.section_blocks =
+      Divisor(int(std::min<int64_t>(section * m_blocks, std::numeric_limits<int>::max())));
+  schedule.last_section = Divisor(all_heads % section == 0 ? section : int(all_heads % section));
   return schedule;
 }
 
 template <class Traits>
 void launch_forward_traits(const ForwardParams& p, void* workspace, void* stream) {
+  constexpr int kBlockM = Traits::kBlockM;
   const ForwardSchedule schedule = make_schedule<Traits>(p, workspace);
+  if (schedule.num_tiles == 0) return;
+  PairTiles pairs{};
+  if constexpr (Traits::kGeneral) pairs = make_pair_tiles(p, kBlockM, Traits::kBlockN);
+  const SequenceLayout keys = schedule.runs.run ? cut_to_runs(p.k_layout) : p.k_layout;
+  const int log2_heads = schedule.log2_heads;
+  const ForwardMaps maps{
+      make_tma_tensor(p, p.q, p.q_layout, p.num_heads, p.head_dim, kBlockM, log2_heads),
+      make_tma_tensor(p, p.k, keys, p.num_heads_k, p.head_dim, Traits::kBlockN),
+      make_tma_tensor(p, p.v, keys, p.num_heads_k, p.head_dim_v, Traits::kBlockN),
+      make_tma_tensor(p, p.out, p.q_layout, p.num_heads, p.head_dim_v, 64, log2_heads), pairs};
+  const int ctas = std::min(schedule.num_tiles, num_multiprocessors());
+  constexpr size_t kSharedBytes = sizeof(typename Traits::SharedStorage);
+  if (schedule.order.batch) {
+    order_sequences(p, kBlockM >> log2_heads, schedule.order, schedule.next_tile, stream);
+    return launch_early(forward_kernel<Traits>, ctas, Traits::kThreads, kSharedBytes, stream, maps,
+                        p, schedule);
+  }
   if (schedule.next_tile)
     FLASH_CUDA_CHECK(cudaMemsetAsync(schedule.next_tile, 0, sizeof *schedule.next_tile,
                                      static_cast<cudaStream_t>(stream)));
-  PairTiles pairs{};
-  if constexpr (Traits::kGeneral) pairs = make_pair_tiles(p, Traits::kBlockM, Traits::kBlockN);
-  const SequenceLayout keys = schedule.runs.run ? cut_to_runs(p.k_layout) : p.k_layout;
-  const ForwardMaps maps{
-      make_tma_tensor(p, p.q, p.q_layout, p.num_heads, p.head_dim, Traits::kBlockM),
-      make_tma_tensor(p, p.k, keys, p.num_heads_k, p.head_dim, Traits::kBlockN),
-      make_tma_tensor(p, p.v, keys, p.num_heads_k, p.head_dim_v, Traits::kBlockN),
-      make_tma_tensor(p, p.out, p.q_layout, p.num_heads, p.head_dim_v, 64), pairs};
-  launch(forward_kernel<Traits>, std::min(schedule.num_tiles, num_multiprocessors()),
-         Traits::kThreads, sizeof(typename Traits::SharedStorage), stream, maps, p, schedule);
+  launch(forward_kernel<Traits>, ctas, Traits::kThreads, kSharedBytes, stream, maps, p, schedule);
 }
 
 /// Element of the call; the rows of the tile table are the caller's choice.

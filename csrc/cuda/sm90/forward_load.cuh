@@ -14,22 +14,17 @@ struct ForwardMaps {
   PairTiles pairs;         ///< general variant
 };
 
-/// Rows [block * rows, + rows) of one sequence and head: `chunks` copies, counted on `full`.
+/// Rows [block * rows, + rows) of one sequence and head, or heads from there on: `chunks` copies,
+/// counted on `full`.
 FLASH_DEVICE void load_tile(const TmaTensor& tensor, uint16_t* tile, uint64_t* full, int rows,
                             int chunks, TmaRow first, int block, int head, uint64_t policy) {
+  const int row = first.row + (block * rows >> tensor.log2_heads);
   ptx::mbarrier_expect_bytes(full, rows * chunks * 128);
 #pragma unroll
   for (int c = 0; c < chunks; ++c) {
-    ptx::tma_load_5d(shared_address(tile) + c * rows * 128, tensor.map, full, c * 64,
-                     first.row + block * rows, head, first.slice, tensor.wrap, policy);
+    ptx::tma_load_5d(shared_address(tile) + c * rows * 128, tensor.map, full, c * 64, head, row,
+                     first.slice, tensor.wrap, policy);
   }
-}
-
-/// Blocks of keys that a tile visits, from the last to the first.
-template <class Traits>
-FLASH_DEVICE Range tile_key_blocks(const ForwardParams& p, const TileId& tile) {
-  const int row = tile.m_block * Traits::kBlockM;
-  return key_blocks<Traits::kBlockN>(mask_of(p, tile), row, Traits::kBlockM).visit;
 }
 
 /// keys(place, n) and values(place, n) for the blocks of a tile, in the order of the ring.
@@ -56,15 +51,16 @@ FLASH_DEVICE void load_tiles(const ForwardMaps& maps, const ForwardParams& p,
   typename Traits::KeyValueRing ring;
   int pauses = 0;                 // since the last tile
   ptx::wait_for_previous_grid();  // every access to global memory follows from a load below
+  const int num_tiles = schedule.tiles(p);
+  int rank = 0;  // of a ragged batch: where the search for the next tile begins
 
   const auto await_stage_of_q = [&] {
     ptx::mbarrier_wait(&shared.q_empty[q_ring.stage], q_ring.parity ^ 1);
   };
-  for (int index = schedule.first();;) {
+  for (int index = schedule.is_for_none() ? num_tiles : blockIdx.x;;) {
     if (!Traits::kKeysFirst) await_stage_of_q();
     const int again = Traits::kMayRedo ? shared.failed[q_ring.stage] : -1;
-    if (again < 0 && index >= schedule.num_tiles) {
-      ptx::launch_next_grid();
+    if (again < 0 && index >= num_tiles) {
       if (Traits::kKeysFirst) await_stage_of_q();
       const bool stop = !Traits::kStoresThroughQ || pauses == Traits::kQueryStages - 1;
       shared.tile[q_ring.stage].m_block = stop ? TileId::kStop : TileId::kFinish;
@@ -76,14 +72,17 @@ FLASH_DEVICE void load_tiles(const ForwardMaps& maps, const ForwardParams& p,
     }
     const int now = again >= 0 ? again : index;
     if (again < 0) index = schedule.after(index);
-    TileId tile = schedule.tile(now, p);
-    if (tile.m_block * Traits::kBlockM >= tile.q.length) continue;  // other sequences are longer
+    TileId tile = schedule.tile(now, p, rank);
     if (!schedule.take_keys(tile, p)) continue;
     if (again >= 0) {
       tile.index = ~again;
       shared.failed[q_ring.stage] = -1;
     }
     pauses = 0;
+    const Range queries =
+        queries_of(maps.q.log2_heads, tile.m_block * Traits::kBlockM, Traits::kBlockM);
+    const Range blocks = key_blocks<Traits::kBlockN>(mask_of(p, tile), queries).visit;
+    tile.visit = blocks;
     const auto load_q = [&] {
       shared.tile[q_ring.stage] = tile;
       load_tile(maps.q, shared.q[q_ring.stage], &shared.q_full[q_ring.stage], Traits::kBlockM,
@@ -92,9 +91,8 @@ FLASH_DEVICE void load_tiles(const ForwardMaps& maps, const ForwardParams& p,
       q_ring.advance();
     };
     if (!Traits::kKeysFirst) load_q();
-    const int head_k = tile.head / p.gqa_ratio();
+    const int head_k = schedule.gqa_ratio.quotient(tile.head);
     const TmaRow k_first = maps.k.first_row(tile.k), v_first = maps.v.first_row(tile.k);
-    const Range blocks = tile_key_blocks<Traits>(p, tile);
     const auto load_block = [&](const TmaTensor& tensor, int chunks, TmaRow first, Place at,
                                 int n) {
       ptx::mbarrier_wait(&shared.kv_empty[at.stage], at.parity ^ 1);
@@ -133,13 +131,13 @@ FLASH_DEVICE void store_tiles(const ForwardMaps& maps, typename Traits::SharedSt
     const TmaRow first = maps.out.first_row(tile.q);
     for (int warpgroup = 0; warpgroup < Traits::kMmaWarpgroups; ++warpgroup) {
       ptx::mbarrier_wait(&shared.o_full[ring.stage][warpgroup], parities >> ring.stage & 1);
+      const int row = (tile.m_block * Traits::kBlockM + warpgroup * 64) >> maps.out.log2_heads;
 #pragma unroll
       for (int c = 0; c < Traits::kChunksV; ++c) {
         ptx::tma_store_5d(
             maps.out.map,
             shared_address(shared.q[ring.stage]) + (c * Traits::kBlockM + warpgroup * 64) * 128,
-            c * 64, first.row + tile.m_block * Traits::kBlockM + warpgroup * 64, tile.head,
-            first.slice, maps.out.wrap);
+            c * 64, tile.head, first.row + row, first.slice, maps.out.wrap);
       }
       ptx::bulk_commit();
     }
@@ -194,18 +192,16 @@ FLASH_DEVICE void clean_keys(const ForwardParams& p, typename Traits::SharedStor
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(&shared.kv_clean[at.stage]);
     };
-    for_each_block(ring, tile_key_blocks<Traits>(p, tile), clean, clean);
+    for_each_block(ring, tile.visit, clean, clean);
   });
 }
 
 /// One thread, general variant: a tile of pairs for every block of keys.
 template <class Traits>
-FLASH_DEVICE void load_pairs(const PairTiles& pairs, const ForwardParams& p,
-                             typename Traits::SharedStorage& shared) {
+FLASH_DEVICE void load_pairs(const PairTiles& pairs, typename Traits::SharedStorage& shared) {
   Ring<Traits::kPairStages> ring;
   follow_tiles<Traits, false>(shared, [&](const TileId& tile) {
-    const Range blocks = tile_key_blocks<Traits>(p, tile);
-    for (int n = blocks.end - 1; n >= blocks.begin; --n) {
+    for (int n = tile.visit.end - 1; n >= tile.visit.begin; --n) {
       ptx::mbarrier_wait(&shared.pairs.empty[ring.stage], ring.parity ^ 1);
       load_pair_tile<Traits>(pairs, shared.pairs.tile[ring.stage], &shared.pairs.full[ring.stage],
                              tile.m_block, n, tile.head, tile.batch);

@@ -10,10 +10,10 @@
 // the new tile and the last P V of the old one are issued together.
 #pragma once
 
+#include "cuda/sm90/forward_output.cuh"
 #include "cuda/sm90/forward_scores.cuh"
 #include "cuda/sm90/forward_softmax.cuh"
 #include "cuda/sm90/scheduler.cuh"
-#include "primitives/ptx/stmatrix.cuh"
 
 namespace flash::cuda::sm90 {
 
@@ -50,6 +50,7 @@ struct ForwardMma {
   int q_stage = 0;
   uint32_t sQ;
   uint64_t* const kv_ready;
+  const int shared_heads_log2;          // of a tile
   const PairTiles& pair_tiles;          // general variant
   Ring<Traits::kPairStages> pair_ring;  // tile of n_block
 
@@ -65,6 +66,7 @@ struct ForwardMma {
         own_barrier(1 + Traits::kMmaWarpgroups + warpgroup_),
         kv_ready(Traits::kGeneral && has_unattended_keys(params) ? storage.kv_clean
                                                                  : storage.kv_full),
+        shared_heads_log2(maps.q.log2_heads),
         pair_tiles(maps.pairs) {
     softmax.scale_log2 = unit() * 1.4426950408889634f;
   }
@@ -74,9 +76,23 @@ struct ForwardMma {
     return Traits::kHooks ? 1.f : static_cast<float>(p.softmax_scale);
   }
 
-  /// Row r (0 or 1) of this thread.
+  /// Row r (0 or 1) of this thread, and whose query it is: of the head tile.head, or of one after
+  /// it that shares the tile. Eight rows on are other queries of the same head, or the same query
+  /// of another one.
   FLASH_DEVICE int row(int r) const { return first_row + warp * 16 + lane / 4 + 8 * r; }
-
+  FLASH_DEVICE int log2_heads() const { return Traits::kGeneral ? 0 : shared_heads_log2; }
+  FLASH_DEVICE int query(int r) const { return row(r) >> log2_heads(); }
+  FLASH_DEVICE bool is_row(int r) const { return query(r) < tile.q.length; }
+  /// Elements from the first row of tile.head to row 0, and from there to row 1.
+  template <class Stride>
+  FLASH_DEVICE int64_t first_offset(Stride head_stride, Stride query_stride) const {
+    const int head_after = row(0) & ((1 << log2_heads()) - 1);
+    return int64_t{head_after} * head_stride + int64_t{query(0)} * query_stride;
+  }
+  template <class Stride>
+  FLASH_DEVICE int64_t offset_between(Stride head_stride, Stride query_stride) const {
+    return log2_heads() <= 3 ? int64_t{8 >> log2_heads()} * query_stride : int64_t{8} * head_stride;
+  }
   FLASH_DEVICE GeneralScores<Traits> scores(uint32_t pair_tile = 0) const {
     return {p, tile, row(0), pair_tiles.kind, pair_tile};
   }
@@ -137,7 +153,7 @@ struct ForwardMma {
                      [&](uint32_t tile) { scores(tile).modify(accS, first_column()); });
     if constexpr (Traits::kMasksProducts)
       if (pair_tiles.kind == PairKind::kMask) known.kept.apply(accS);
-    if (is_edge) apply_interval(accS, mask, row(0), first_column());
+    if (is_edge) apply_interval(accS, mask, {query(0), query(1)}, first_column());
   }
   /// With hooks one loop walks all blocks, and asks.
   FLASH_DEVICE bool may_be_edge() const {
@@ -204,9 +220,9 @@ struct ForwardMma {
     const int old_stage = q_stage;
     const IntervalMask next_mask = mask_of(p, next);
     const int next_row = next.m_block * kBlockM + warpgroup * 64;
-    const Range visit = key_blocks<kBlockN>(next_mask, next.m_block * kBlockM, kBlockM).visit;
-    const BlockRanges own =
-        key_blocks_within<kBlockN, Traits::KeyValueRing::kMostSkipped>(next_mask, next_row, visit);
+    const Range visit = next.visit;
+    const BlockRanges own = key_blocks_within<kBlockN, Traits::KeyValueRing::kMostSkipped>(
+        next_mask, queries_of(log2_heads(), next_row, 64), visit);
     sQ = shared_address(shared.q[q_ring.stage]) + warpgroup * 64 * 128;
     Place keys = ring.keys(), unseen_values{};
     for (int n = visit.end; n > own.visit.end; --n) {  // no row here sees a key of this block
@@ -275,63 +291,33 @@ struct ForwardMma {
       if (Traits::kGeneral) factor *= scores().dropout_scale();
       inverse[r] = factor * softmax.inverse_sum(r);
     }
-    float* lse = static_cast<float*>(p.lse.data) + p.lse.offset(tile.q, tile.head);
+    const int lse_stride = static_cast<int>(p.lse.head_stride);  // the rows of a tensor
+    float* lse = static_cast<float*>(p.lse.data) + p.lse.offset(tile.q, tile.head) +
+                 first_offset(lse_stride, 1);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float value = softmax.lse(r, unit());
-      if ((lane & 3) == 0 && row(r) < tile.q.length) lse[row(r)] = value;
+      if ((lane & 3) == 0 && is_row(r)) lse[r * offset_between(lse_stride, 1)] = value;
     }
     if (Traits::kMayRedo && !tile.is_redo()) {
       const bool unsafe = !softmax.is_safe(0) || !softmax.is_safe(1);
       if (__any_sync(0xffffffffu, unsafe) && lane == 0) shared.failed[q_stage] = tile.index;
     }
   }
-  /// A row that weighs no key is 0, whatever 0 times the values in its blocks has left there.
-  FLASH_DEVICE void clear_empty_rows() {
-    if (!__any_sync(0xffffffffu, inverse[0] == 0.f || inverse[1] == 0.f)) return;
-#pragma unroll
-    for (int i = 0; i < kHeadDimV / 2; ++i)
-      if (inverse[(i >> 1) & 1] == 0.f) accO[i] = 0.f;
-  }
-  /// O / l into this warpgroup's own rows of Q, from where the store thread takes it.
+  /// O / l to where the store thread takes it.
   FLASH_DEVICE void put_output(uint32_t target, uint64_t* full) {
-    clear_empty_rows();
+    clear_empty_rows(accO, inverse);
     ptx::named_barrier_sync(own_barrier, 128);  // its four warps have read these rows
-#pragma unroll
-    for (int i = 0; i < kHeadDimV / 2; i += 8) {  // 16 columns
-      uint32_t packed[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        packed[j] =
-            pack<Element>(accO[i + 2 * j] * inverse[j & 1], accO[i + 2 * j + 1] * inverse[j & 1]);
-      }
-      const int unit = (i % 32 / 4 + lane / 16) ^ (lane & 7);  // swizzled 16 bytes of the row
-      ptx::stmatrix_x4(target + i / 32 * kBlockM * 128 + (warp * 16 + lane % 16) * 128 + unit * 16,
-                       packed);
-    }
-    ptx::fence_proxy_async();
+    output_to_shared<Element, kBlockM>(accO, inverse, target);
     release(full);
   }
-  /// O / l from registers to global memory: pairs of lanes exchange halves, so that a lane writes 8
-  /// bytes and a row 32 contiguous ones.
   FLASH_DEVICE void store_output() {
-    clear_empty_rows();
-    const int odd = lane & 1, column = odd * 8 + (lane & 2) * 2;
-    auto* out = static_cast<uint16_t*>(p.out.data) + p.out.offset(tile.q, tile.head) + column;
-#pragma unroll
-    for (int i = 0; i < kHeadDimV / 2; i += 8) {  // 16 columns
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float scale = inverse[r];
-        const uint32_t low = pack<Element>(accO[i + 2 * r] * scale, accO[i + 2 * r + 1] * scale);
-        const uint32_t high =
-            pack<Element>(accO[i + 4 + 2 * r] * scale, accO[i + 5 + 2 * r] * scale);
-        const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? low : high, 1);
-        const uint2 value = odd ? make_uint2(other, high) : make_uint2(low, other);
-        if (row(r) < tile.q.length && 2 * i + column < p.head_dim_v)
-          *reinterpret_cast<uint2*>(out + row(r) * p.out.row_stride + 2 * i) = value;
-      }
-    }
+    clear_empty_rows(accO, inverse);
+    auto* out = static_cast<uint16_t*>(p.out.data) + p.out.offset(tile.q, tile.head) +
+                first_offset(p.out.head_stride, p.out.row_stride);
+    output_to_global<Element>(accO, inverse, out,
+                              offset_between(p.out.head_stride, p.out.row_stride),
+                              {is_row(0), is_row(1)}, p.head_dim_v);
   }
 
   /// The last P V of the tile in hand, when no other tile begins under it.

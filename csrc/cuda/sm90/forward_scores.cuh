@@ -41,14 +41,15 @@ struct KnownPairs {
   PairBits<kBlockN> kept, drawn;  ///< by a mask, by dropout
 };
 
-/// S = -inf where the mask drops the pair. `row` and `column` are those of accS[0].
+/// S = -inf where the mask drops the pair, of the queries of both rows; `column` is that of
+/// accS[0].
 template <int kCount>
-FLASH_DEVICE void apply_interval(float (&accS)[kCount], const IntervalMask& mask, int row,
-                                 int column) {
+FLASH_DEVICE void apply_interval(float (&accS)[kCount], const IntervalMask& mask,
+                                 const int (&queries)[2], int column) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int begin = mask.key_begin(row + 8 * r) - column;
-    const int end = mask.key_end(row + 8 * r) - column;
+    const int begin = mask.key_begin(queries[r]) - column;
+    const int end = mask.key_end(queries[r]) - column;
 #pragma unroll
     for (int j = 0; j < kCount / 2; ++j) {
       const int place = j / 2 * 8 + j % 2;

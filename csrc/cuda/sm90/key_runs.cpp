@@ -4,22 +4,6 @@
 #include "cuda/sm90/tensor_map.h"
 
 namespace flash::cuda::sm90 {
-namespace {
-
-constexpr int64_t kHeaderBytes = 16;  // the counter of tiles, then KeyRuns::count
-
-/// Rows of the mask: those of a dimension that it broadcasts are one.
-struct MaskRows {
-  int batch, heads;
-
-  static MaskRows of(const ForwardParams& p) {
-    const PairView& mask = p.features.score_mod.mask;
-    return {mask.batch_stride == 0 ? 1 : p.batch, mask.head_stride == 0 ? 1 : p.num_heads};
-  }
-};
-
-}  // namespace
-
 bool has_key_runs(const ForwardParams& p) {
   const PairView& mask = p.features.score_mod.mask;
   if (!mask.data || mask.q_stride != 0 || p.k_layout.max == 0) return false;
@@ -32,20 +16,6 @@ bool runs_are_plain(const ForwardParams& p) {
   ForwardParams without_mask = p;
   without_mask.features.score_mod.mask = {};
   return without_mask.variant() == Variant::kPlain && p.mask.prefix == 0;
-}
-
-KeyRuns key_runs(const ForwardParams& p, void* workspace) {
-  const MaskRows rows = MaskRows::of(p);
-  const auto bytes = static_cast<char*>(workspace);
-  return {reinterpret_cast<KeyRun*>(bytes + kHeaderBytes),
-          reinterpret_cast<int*>(bytes + sizeof(unsigned)), rows.batch == 1 ? 0 : rows.heads,
-          rows.heads == 1 ? 0 : 1};
-}
-
-int64_t forward_workspace_bytes(const ForwardParams& p) {
-  if (!has_key_runs(p)) return kHeaderBytes;
-  const MaskRows rows = MaskRows::of(p);
-  return kHeaderBytes + int64_t{rows.batch} * rows.heads * int64_t{sizeof(KeyRun)};
 }
 
 SequenceLayout cut_to_runs(const SequenceLayout& keys) {

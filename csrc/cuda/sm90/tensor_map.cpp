@@ -54,12 +54,13 @@ bool has_sequence_bounds(const SequenceLayout& layout, const Shape& shape) {
   return layout.ragged() || shape.rows == 0;
 }
 
-/// Boxes of `box_cols` x `box_rows` elements, 1 in the other dimensions, in the swizzle that spans
-/// a row of the box: 32, 64 or 128 bytes.
-template <size_t kDims>
+/// Boxes of `box_sizes` elements, 1 in the dimensions that follow, in the swizzle that spans a row
+/// of the box: 32, 64 or 128 bytes.
+template <size_t kDims, size_t kBoxDims>
 CUtensorMap encode(CUtensorMapDataType type, int element_bytes, const void* data,
                    const std::array<int64_t, kDims>& sizes,
-                   const std::array<int64_t, kDims - 1>& strides, int box_cols, int box_rows) {
+                   const std::array<int64_t, kDims - 1>& strides,
+                   const std::array<int, kBoxDims>& box_sizes) {
   cuuint64_t dims[kDims], byte_strides[kDims - 1];
   cuuint32_t box[kDims], steps[kDims];
   std::copy(sizes.begin(), sizes.end(), dims);
@@ -67,10 +68,10 @@ CUtensorMap encode(CUtensorMapDataType type, int element_bytes, const void* data
                  [&](int64_t stride) { return element_bytes * cuuint64_t(stride); });
   std::fill_n(box, kDims, 1);
   std::fill_n(steps, kDims, 1);
-  box[0] = box_cols, box[1] = box_rows;
-  const auto swizzle = box_cols * element_bytes == 32   ? CU_TENSOR_MAP_SWIZZLE_32B
-                       : box_cols * element_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                        : CU_TENSOR_MAP_SWIZZLE_128B;
+  std::copy(box_sizes.begin(), box_sizes.end(), box);
+  const auto swizzle = box[0] * element_bytes == 32   ? CU_TENSOR_MAP_SWIZZLE_32B
+                       : box[0] * element_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                      : CU_TENSOR_MAP_SWIZZLE_128B;
   CUtensorMap map;
   const CUresult result =
       encode_tiled()(&map, type, kDims, const_cast<void*>(data), dims, byte_strides, box, steps,
@@ -110,25 +111,29 @@ std::string why_no_tma_tensor(const char* name, const ForwardParams& p, const Te
 }
 
 TmaTensor make_tma_tensor(const ForwardParams& p, const TensorView& tensor,
-                          const SequenceLayout& layout, int heads, int columns, int box_rows) {
+                          const SequenceLayout& layout, int heads, int columns, int box_rows,
+                          int log2_heads) {
   const Shape s(p, tensor, layout, heads, columns);
-  if (!has_sequence_bounds(layout, s))
-    return {encode<5>(tma_type(p.dtype), 2, tensor.data, {s.columns, s.rows, s.heads, s.batch, 1},
-                      {s.row_stride, s.head_stride, s.batch_stride, 8}, 64, box_rows),
-            0, 0};
+  const bool is_ragged = has_sequence_bounds(layout, s);
   constexpr int64_t kAll = std::numeric_limits<int>::max();
   alignas(16) static const char nothing[16] = {};  // an address that is never read
-  return {encode<5>(tma_type(p.dtype), 2, tensor.data ? tensor.data : nothing,
-                    {s.columns, TmaTensor::kRaggedRows, s.heads, kAll, kAll},
-                    {s.row_stride, s.head_stride, s.row_stride, TmaTensor::kWrap - s.row_stride},
-                    64, box_rows),
-          TmaTensor::kRaggedRows, s.batch > 1 ? int(s.batch_stride / s.row_stride) : 0};
+  std::array<int64_t, 5> sizes{s.columns, s.heads, s.rows, s.batch, 1};
+  std::array<int64_t, 4> strides{s.head_stride, s.row_stride, s.batch_stride, 8};
+  if (is_ragged) {
+    sizes = {s.columns, s.heads, TmaTensor::kRaggedRows, kAll, kAll};
+    strides = {s.head_stride, s.row_stride, s.row_stride, TmaTensor::kWrap - s.row_stride};
+  }
+  return {.map = encode<5, 3>(tma_type(p.dtype), 2, tensor.data ? tensor.data : nothing, sizes,
+                              strides, {64, 1 << log2_heads, box_rows >> log2_heads}),
+          .wrap = is_ragged ? TmaTensor::kRaggedRows : 0,
+          .slice_rows = is_ragged && s.batch > 1 ? int(s.batch_stride / s.row_stride) : 0,
+          .log2_heads = log2_heads};
 }
 
 CUtensorMap make_bias_gradient_map(const BackwardParams& p, int rows, int cols) {
   const int64_t row = p.k_layout.max, matrix = row * p.q_layout.max;
-  return encode<4>(tma_type(p.dtype), 2, p.dbias, {row, p.q_layout.max, p.num_heads, p.batch},
-                   {row, matrix, matrix * p.num_heads}, cols, rows);
+  return encode<4, 2>(tma_type(p.dtype), 2, p.dbias, {row, p.q_layout.max, p.num_heads, p.batch},
+                      {row, matrix, matrix * p.num_heads}, {cols, rows});
 }
 
 PairKind pairs_in_tiles(const ForwardParams& p) {
@@ -151,10 +156,10 @@ PairTiles make_pair_tiles(const ForwardParams& p, int rows, int cols) {
   const bool is_bias = kind == PairKind::kBias;
   const PairView& view = is_bias ? p.features.score_mod.bias : p.features.score_mod.mask;
   const int bytes = is_bias ? 2 : 1;
-  return {encode<4>(is_bias ? tma_type(p.dtype) : CU_TENSOR_MAP_DATA_TYPE_UINT8, bytes, view.data,
-                    {p.k_layout.max, p.q_layout.max, p.num_heads, p.batch},
-                    {view.q_stride, view.head_stride, view.batch_stride},
-                    std::min(cols, 128 / bytes), rows),
+  return {encode<4, 2>(is_bias ? tma_type(p.dtype) : CU_TENSOR_MAP_DATA_TYPE_UINT8, bytes,
+                       view.data, {p.k_layout.max, p.q_layout.max, p.num_heads, p.batch},
+                       {view.q_stride, view.head_stride, view.batch_stride},
+                       {std::min(cols, 128 / bytes), rows}),
           kind};
 }
 

@@ -17,9 +17,11 @@ namespace flash::cuda::sm90 {
 std::string why_no_tma_tensor(const char* name, const ForwardParams& p, const TensorView& tensor,
                               const SequenceLayout& layout, int heads, int columns);
 
-/// Boxes of `box_rows` rows of 64 columns in the 128-byte swizzle.
+/// Boxes of `box_rows` rows, of 2^log2_heads heads together, and 64 columns in the 128-byte
+/// swizzle.
 TmaTensor make_tma_tensor(const ForwardParams& p, const TensorView& tensor,
-                          const SequenceLayout& layout, int heads, int columns, int box_rows);
+                          const SequenceLayout& layout, int heads, int columns, int box_rows,
+                          int log2_heads = 0);
 
 /// Which of the bias and the mask of a call TMA can bring in tiles, the bias first.
 PairKind pairs_in_tiles(const ForwardParams& p);

@@ -106,6 +106,7 @@ struct TileId {
   int index;  ///< of the schedule; its complement when the tile is done again
   Sequence q, k;
   int diagonal;  ///< key of k on the diagonal of query 0
+  Range visit;   ///< blocks of keys, walked from the last to the first
 
   FLASH_DEVICE bool is_redo() const { return index < 0; }
 };
