@@ -28,6 +28,9 @@ FEATURES = {
     "ring": {"batch": 2},  # more heads than have sums of dQ at a time
     "ring_window": {"batch": 2, "seqlen_q": 1300, "window": (100, None)},  # and blocks without keys
     "ring_causal": {"batch": 4, "seqlen_q": 1300, "causal": "bottom_right"},
+    # Sections of heads, and the ring turns more than once even if dQ is added up in order.
+    "ring_sections": {"batch": 13, "seqlen_q": 560, "seqlen_k": 560},
+    "ring_sections_causal": {"batch": 13, "seqlen_q": 560, "seqlen_k": 560, "causal": "top_left"},
     "long_packed": {"heads": 6, "lengths_q": (900, 3, 330), "lengths_k": (1050, 90, 400)},
     # Sequences sorted by their lengths; rows of several heads in one tile.
     "many_packed": {

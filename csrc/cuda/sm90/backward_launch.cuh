@@ -19,6 +19,7 @@ inline BackwardSchedule make_backward_schedule(const BackwardPlan& plan, bool de
   schedule.num_m_blocks = plan.num_m_blocks;
   schedule.num_n_blocks = plan.num_n_blocks;
   schedule.num_tiles = plan.num_tiles;
+  schedule.section_heads = plan.section_heads;
   schedule.dq_slots = plan.dq_slots;
   schedule.ordered = deterministic;
   schedule.last_first = plan.last_first;

@@ -2,6 +2,7 @@
 #include "cuda/sm90/backward_plan.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "cuda/device.h"
 #include "cuda/sm90/support.h"
@@ -14,18 +15,19 @@ BackwardRow choose_row(const BackwardParams& p) {
   const int head_dim = backward_head_dim(p);
   if (head_dim > 128) return BackwardRow::kSeparate;
   if (p.variant() == Variant::kGeneral) return BackwardRow::kGeneral;
-  // Measured on one H200. Head dims 96 and 128, where S and dP twice cost less than ordered sums of
-  // dQ: full +7 to +21 % from 512 to 2k, causal 0 to 4 % at 2k. Where sums are not ordered: causal
-  // 512 -8 % at head dim 128 and 0 at 96, 1k -13 % at 96.
-  if (head_dim > 64 && p.deterministic && length <= 2048) return BackwardRow::kSeparate;
+  // Measured on one H200. Head dims 96 and 128: S and dP twice cost less than ordered sums of dQ at
+  // full 512 of 128 (+5 %, 1k -8 %; 96 -5 %), causal 512 (+8 %, 1k -3 %), causal groups to 2k (+20
+  // %). Where sums are not ordered: causal 512 -8 % at head dim 128 and 0 at 96, 1k -13 % at 96.
+  const bool is_short =
+      is_causal(p) ? length <= (p.gqa_ratio() > 1 ? 2048 : 512) : length <= 512 && head_dim == 128;
+  if (head_dim > 64 && p.deterministic && is_short) return BackwardRow::kSeparate;
   if (head_dim == 96) return BackwardRow::kD128;
   if (!p.deterministic)  // the other rows at 4k to 16k: 0 to -4 %, full 2k at head dim 64 -4 %
     return head_dim == 64 ? BackwardRow::kD64Short : BackwardRow::kD128Short;
-  // Ordered: the short rows at causal 1k +2 %, 4k -1 %; full 2k -2 %, 4k -3 %.
-  if (head_dim == 64)
-    return length <= (is_causal(p) ? 2048 : 1024) ? BackwardRow::kD64Short : BackwardRow::kD64;
+  // Ordered: the other rows at causal 4k of head dim 64 -6 to -9 %, full 2k -5 %, 4k -1 to -2 %.
+  if (head_dim == 64) return length <= 4096 ? BackwardRow::kD64Short : BackwardRow::kD64;
   if (is_causal(p)) return length < 8192 ? BackwardRow::kD128Short : BackwardRow::kD128;
-  return BackwardRow::kD128;
+  return length <= 2048 ? BackwardRow::kD128Short : BackwardRow::kD128;
 }
 
 /// Whether the converting warps have time to make lse and delta too: that grows with the blocks of
@@ -37,6 +39,35 @@ bool prepares_inside(const BackwardParams& p, BackwardRow row) {
   const int64_t window = int64_t{p.mask.window_left} + p.mask.window_right + 1;
   const int64_t keys = std::min(int64_t{p.k_layout.max}, window);
   return keys >= (is_causal(p) ? 2048 : 1024) && keys <= 8192;
+}
+
+bool is_bounded(int window) { return window < IntervalMask::kUnbounded; }
+
+/// Key heads of a section (see backward_tile): as many as have about `rounds` tiles for every SM,
+/// but sections are equal, since an odd one at the end leaves SMs idle (grouped causal 4k: four
+/// sections of 4 heads +18 to 27 %, three of 5 and one of 1 -4 to -6 %). Else 1. Measured on one
+/// H200 against sections of one head; docs/hopper.md has more.
+///   ordered  The key block before has added when one of the same head begins: head dim 64 full +8
+///            to +37 %, causal +2 to +26 %; 128 full +8 to +22 %, causal +8 to +13 %. With twice as
+///            many rounds the ring leaves L2: -5 to -25 % at head dim 128.
+///   grouped  Tiles are long: heavy ones of all heads first.
+///   short    Causal, head dim 64, when there were two copies of the code: 512 +14 to 16 %, 1k +10
+///            to 14 %, 2k -4 to +1 %.
+int section_heads(const BackwardParams& p, BackwardRow row, int num_n_blocks) {
+  if (row == BackwardRow::kSeparate) return 1;
+  const bool is_d64 = backward_head_dim(p) == 64;
+  const bool is_band = is_bounded(p.mask.window_left) && is_bounded(p.mask.window_right);
+  double rounds = 0;
+  if (p.deterministic) {
+    if (!is_band) rounds = (is_d64 ? 3. : is_causal(p) ? 1. : 2.) / p.gqa_ratio();
+  } else if (is_causal(p)) {
+    rounds = p.gqa_ratio() > 1 ? 1 : is_d64 && p.k_layout.max <= 1024 ? 2 : 0;
+  }
+  if (rounds == 0) return 1;
+  const int heads = p.batch * p.num_heads_k;
+  const double all_rounds = double(heads) * num_n_blocks / num_multiprocessors();
+  const int sections = std::max(int(std::lround(all_rounds / rounds)), 1);
+  return std::max((heads + sections - 1) / sections, 1);
 }
 
 }  // namespace
@@ -53,14 +84,17 @@ BackwardPlan make_backward_plan(const BackwardParams& p) {
   plan.num_m_blocks = (p.q_layout.max + block_m - 1) / block_m;
   plan.num_n_blocks = (p.k_layout.max + block_n - 1) / block_n;
   plan.num_tiles = plan.num_n_blocks * p.num_heads_k * p.batch;
-  plan.last_first = p.deterministic && is_causal(p) && !is_separate;
+  plan.section_heads = section_heads(p, plan.row, plan.num_n_blocks);
+  plan.last_first = p.deterministic && is_bounded(p.mask.window_right) && !is_separate;
   const int heads = p.batch * p.num_heads;
   if (!is_separate) {
     // Heads in work at a time (the longest tile of a causal head is twice the mean one), and as
     // many being converted. With half of that, tiles wait: 445 instead of 528 at causal 4k.
     const int in_work =
         (is_causal(p) ? 2 : 1) * num_multiprocessors() / std::max(plan.num_n_blocks, 1) + 1;
-    plan.dq_slots = std::min(heads, (in_work * 2 + 1) * p.gqa_ratio());
+    // A section, while the one before is converted: with half of that, -10 to -17 %.
+    const int key_slots = std::max(in_work * 2 + 1, plan.section_heads * 2);
+    plan.dq_slots = std::min(heads, key_slots * p.gqa_ratio());
     // The ring counts additions by generations of as many key blocks each.
     if (is_ragged(p)) plan.dq_slots = heads;
   }

@@ -21,7 +21,7 @@ struct DrawnWork {
 
 struct BackwardPlan {
   BackwardRow row;
-  int num_m_blocks, num_n_blocks, num_tiles, dq_slots;
+  int num_m_blocks, num_n_blocks, num_tiles, section_heads, dq_slots;
   bool last_first;
   bool prepares_inside;                       ///< no kernel before the main one
   int rows;                                   ///< of lse and delta of a head

@@ -127,9 +127,10 @@ enum class NamedBarrier : int {
 /// The workspace, and how the tiles are numbered.
 struct BackwardSchedule {
   int num_m_blocks, num_n_blocks, num_tiles;
+  int section_heads;        ///< key heads of a section: see backward_tile
   int dq_slots;             ///< heads in dq_sums: a ring that stays in L2
   bool ordered;             ///< deterministic: key blocks add to dQ in turn
-  bool last_first;          ///< ordered causal: the last key block of a head first
+  bool last_first;          ///< ordered causal: the last key block of a section first
   bool prepares_inside;     ///< lse and delta by the converting warps, not by prepare_kernel
   float *lse_log2, *delta;  ///< (batch, num_heads, num_m_blocks * kBlockM): +inf, 0 in padding;
                             ///< general variant: lse itself
@@ -147,11 +148,25 @@ struct BackwardTileId {
   Range visit, full;  ///< blocks of queries: all, and those without a masked pair
 };
 
+/// Tiles are numbered in the order in which they start: section by section of heads, and in a
+/// section one key block of all its heads before the next. So neighbouring key blocks of a head
+/// start some steps apart, and ordered additions find their turn come.
+///
+/// Nothing waits for a tile that starts later, so all end: an ordered addition waits for key blocks
+/// of its head that are numbered before it; a slot of dq_slots >= the query heads of a section was
+/// that of a head of an earlier section, whose sums are converted after heads before it only.
 template <class Traits>
 FLASH_DEVICE BackwardTileId backward_tile(const BackwardParams& p, const BackwardSchedule& schedule,
                                           int index) {
-  const int head = index / schedule.num_n_blocks;
-  int n_block = index % schedule.num_n_blocks;
+  const int section_tiles = schedule.section_heads * schedule.num_n_blocks;
+  const int first_head = index / section_tiles * schedule.section_heads;
+  const int within = index % section_tiles;
+  const int width = min(schedule.section_heads, p.batch * p.num_heads_k - first_head);
+  int head = first_head, n_block = within;
+  if (width > 1) {  // a division less for sections of one head
+    n_block = within / width;
+    head += within - n_block * width;
+  }
   if (schedule.last_first) n_block = schedule.num_n_blocks - 1 - n_block;
   const int batch = head / p.num_heads_k;
   const Sequence q = Sequence::of(p.q_layout, batch), k = Sequence::of(p.k_layout, batch);
