@@ -26,6 +26,18 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
+/// A thread of autograd whose first call this is has no context: torch sets a device only where it
+/// differs from the thread's.
+template <class... Arguments>
+CUresult encode_in_context(Arguments... arguments) {
+  const CUresult result = encode_tiled()(arguments...);
+  int device = 0;
+  if (result != CUDA_ERROR_INVALID_CONTEXT || cudaGetDevice(&device) != cudaSuccess ||
+      cudaSetDevice(device) != cudaSuccess)
+    return result;
+  return encode_tiled()(arguments...);
+}
+
 /// A tensor (batch, heads, rows, columns) as TMA is told of it; packed: of one batch entry.
 struct Shape {
   int64_t batch, heads, rows, columns;
@@ -74,9 +86,9 @@ CUtensorMap encode(CUtensorMapDataType type, int element_bytes, const void* data
                                                       : CU_TENSOR_MAP_SWIZZLE_128B;
   CUtensorMap map;
   const CUresult result =
-      encode_tiled()(&map, type, kDims, const_cast<void*>(data), dims, byte_strides, box, steps,
-                     CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode_in_context(&map, type, kDims, const_cast<void*>(data), dims, byte_strides, box, steps,
+                        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     throw std::runtime_error("flash_attn: cuTensorMapEncodeTiled failed with code " +
                              std::to_string(int(result)));
