@@ -269,10 +269,10 @@ struct BackwardCompute {
         store_from_ds(tile);
       } else {
         const float dv_scale = kGeneral ? general.scores.dropout_scale() : 1.f;
-        store_rows<Element, kHeadDim>(p.dv, tile.k, tile.head_k, accdV, dv_scale, key,
-                                      p.head_dim_v);
-        store_rows<Element, kHeadDim>(p.dk, tile.k, tile.head_k, accdK,
-                                      static_cast<float>(p.softmax_scale), key, p.head_dim);
+        store_rows<Element, kHeadDim, /*kInOne=*/true>(p.dv, tile.k, tile.head_k, accdV, dv_scale,
+                                                       key, p.head_dim_v);
+        store_rows<Element, kHeadDim, /*kInOne=*/true>(
+            p.dk, tile.k, tile.head_k, accdK, static_cast<float>(p.softmax_scale), key, p.head_dim);
       }
     }
     if constexpr (Traits::kStoresFromDs) wait_for_stores();

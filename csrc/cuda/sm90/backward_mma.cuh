@@ -203,8 +203,10 @@ FLASH_DEVICE void transpose_quad(uint32_t (&v)[4]) {
 }
 
 /// scale * acc to rows of a gradient of one sequence and head, 16 bytes per lane and row. `row` as
-/// in mask_scores; what lies beyond the sequence and `columns` is not written.
-template <class Element, int kColumns>
+/// in mask_scores; what lies beyond the sequence and `columns` is not written. kInOne: by one
+/// instruction, for which kernels that are short of registers spill (keys_kernel at head dim 256
+/// 770 bytes instead of 280); else the compiler may split it.
+template <class Element, int kColumns, bool kInOne = false>
 FLASH_DEVICE void store_rows(const TensorView& gradient, const Sequence& sequence, int head,
                              const float (&acc)[kColumns / 2], float scale, int row, int columns) {
   if (!gradient.data) return;
@@ -222,8 +224,13 @@ FLASH_DEVICE void store_rows(const TensorView& gradient, const Sequence& sequenc
         v[j] = pack<Element>(acc[i] * scale, acc[i + 1] * scale);
       }
       transpose_quad(v);
-      if (row + r * 8 < sequence.length && column + c * 32 < columns)
-        ptx::store_global_v4(to + r * 8 * gradient.row_stride + c * 32, v);
+      if (row + r * 8 >= sequence.length || column + c * 32 >= columns) continue;
+      uint16_t* const place = to + r * 8 * gradient.row_stride + c * 32;
+      if constexpr (kInOne) {
+        ptx::store_global_v4(place, v);
+      } else {
+        *reinterpret_cast<uint4*>(place) = uint4{v[0], v[1], v[2], v[3]};
+      }
     }
   }
 }
