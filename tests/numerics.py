@@ -133,8 +133,8 @@ def noise_of_delta(inputs, out, dtype):
     """How far a gradient moves when out is rounded to dtype: delta = rowsum(dO o O) - dLSE is then
     off by about unit |(O dO)_i| in row i, with a sign of its own, which is to the gradients as if
     dLSE were. Two sums of float32 are rounded after each addition besides, by half a unit of what
-    they are then: delta, and out itself, whose sum over the keys grows evenly to what it is, so that
-    n of them leave sqrt(n / 12) units. The largest of a few draws of the signs, element by element.
+    they are then: delta, and out itself, whose sum over n keys grows evenly to what it is, which
+    leaves sqrt(n / 12) units. The largest of a few draws of the signs, element by element.
     """
     products = (out * inputs.dout).nan_to_num(0, 0, 0)
     squares = products.square()
