@@ -44,15 +44,13 @@ bool prepares_inside(const BackwardParams& p, BackwardRow row) {
 bool is_bounded(int window) { return window < IntervalMask::kUnbounded; }
 
 /// Key heads of a section (see backward_tile): as many as have about `rounds` tiles for every SM,
-/// but sections are equal, since an odd one at the end leaves SMs idle (grouped causal 4k: four
-/// sections of 4 heads +18 to 27 %, three of 5 and one of 1 -4 to -6 %). Else 1. Measured on one
-/// H200 against sections of one head; docs/hopper.md has more.
+/// but sections are about equal, since a small one at the end leaves SMs idle (grouped causal 4k:
+/// four sections of 4 heads +18 to 27 %, three of 5 and one of 1 -4 to -6 %). Else 1. Measured on
+/// one H200 against sections of one head; docs/hopper.md has more.
 ///   ordered  The key block before has added when one of the same head begins: head dim 64 full +8
 ///            to +37 %, causal +2 to +26 %; 128 full +8 to +22 %, causal +8 to +13 %. With twice as
 ///            many rounds the ring leaves L2: -5 to -25 % at head dim 128.
-///   grouped  Tiles are long: heavy ones of all heads first.
-///   short    Causal, head dim 64, when there were two copies of the code: 512 +14 to 16 %, 1k +10
-///            to 14 %, 2k -4 to +1 %.
+///   grouped  Causal: tiles are long, heavy ones of all heads first.
 int section_heads(const BackwardParams& p, BackwardRow row, int num_n_blocks) {
   if (row == BackwardRow::kSeparate) return 1;
   const bool is_d64 = backward_head_dim(p) == 64;
@@ -60,8 +58,8 @@ int section_heads(const BackwardParams& p, BackwardRow row, int num_n_blocks) {
   double rounds = 0;
   if (p.deterministic) {
     if (!is_band) rounds = (is_d64 ? 3. : is_causal(p) ? 1. : 2.) / p.gqa_ratio();
-  } else if (is_causal(p)) {
-    rounds = p.gqa_ratio() > 1 ? 1 : is_d64 && p.k_layout.max <= 1024 ? 2 : 0;
+  } else if (is_causal(p) && p.gqa_ratio() > 1) {
+    rounds = 1;
   }
   if (rounds == 0) return 1;
   const int heads = p.batch * p.num_heads_k;

@@ -103,8 +103,8 @@ struct BackwardTraits : Tile {
     uint16_t dout[kStages][kBlockM * kChunks * 64];
     uint16_t ds[kDsStages][kBlockM * kBlockN];  // rows = queries; chunk w: keys of warpgroup w
     [[no_unique_address]] PairStorage<kPairStages, kBlockM * kBlockN * 2> pairs;
-    float dq[kDqSize];                             // on its way to global memory
-    alignas(64) float converted[2][kConvertSize];  // half a block each
+    float dq[kDqSize];                              // on its way to global memory
+    alignas(128) float converted[2][kConvertSize];  // half a block each
     float lse_log2[kStages][kBlockM], delta[kStages][kBlockM];
     uint64_t k_full, k_empty, v_full, v_empty;
     uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
@@ -127,11 +127,11 @@ enum class NamedBarrier : int {
 /// The workspace, and how the tiles are numbered.
 struct BackwardSchedule {
   int num_m_blocks, num_n_blocks, num_tiles;
-  int section_heads;        ///< key heads of a section: see backward_tile
-  int dq_slots;             ///< heads in dq_sums: a ring that stays in L2
-  bool ordered;             ///< deterministic: key blocks add to dQ in turn
-  bool last_first;          ///< ordered causal: the last key block of a section first
-  bool prepares_inside;     ///< lse and delta by the converting warps, not by prepare_kernel
+  int section_heads;     ///< key heads of a section: see backward_tile
+  int dq_slots;          ///< heads in dq_sums: a ring that stays in L2
+  bool ordered;          ///< deterministic: key blocks add to dQ in turn
+  bool last_first;       ///< ordered, the last key bounded: the last key block of a section first
+  bool prepares_inside;  ///< lse and delta by the converting warps, not by prepare_kernel
   float *lse_log2, *delta;  ///< (batch, num_heads, num_m_blocks * kBlockM): +inf, 0 in padding;
                             ///< general variant: lse itself
   float* dq_sums;           ///< (dq_slots, num_m_blocks, kDqSize) in register order
