@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 
 #include "cuda/launch.cuh"
 #include "cuda/sm90/forward.cuh"
@@ -11,17 +10,15 @@
 
 namespace flash::cuda::sm90 {
 
-/// Query heads of one key head whose rows share tiles, a power of 2: few queries leave most of a
-/// tile empty, and K and V are read once for all of them.
+/// Query heads of one key head whose rows share tiles, a power of 2. For sequences of at most half
+/// a tile of queries: K and V are read once for all these heads. (Longer ones, where that makes
+/// fewer tiles: 0 to +7 %; but then a row's bits would depend on more than a range of lengths.)
 template <class Traits>
 int packed_heads_log2(const ForwardParams& p) {
-  if (Traits::kGeneral || has_key_runs(p)) return 0;
+  if (Traits::kGeneral || has_key_runs(p) || p.q_layout.max > Traits::kBlockM / 2) return 0;
   int log2 = 0;  // no more than the rows of a warpgroup, which leave by one store
   while (log2 < 6 && p.gqa_ratio() % (2 << log2) == 0) ++log2;
-  const auto tiles = [&](int log2_heads) {
-    return ceil_div(int64_t{p.q_layout.max} << log2_heads, Traits::kBlockM) << (log2 - log2_heads);
-  };
-  return tiles(log2) < tiles(0) ? log2 : 0;
+  return log2;
 }
 
 /// Sections of 4 MB of K and V gain up to 12 % at 512 tokens and lose beyond 1k; 48 MB gain 2-11 %
@@ -60,8 +57,7 @@ ForwardSchedule make_schedule(const ForwardParams& p, void* workspace) {
   const int section =
       int(std::clamp<int64_t>(section_bytes / head_bytes, 1, all_heads / group)) * group;
   schedule.section = Divisor(section);
-  schedule.section_blocks =
-      Divisor(int(std::min<int64_t>(section * m_blocks, std::numeric_limits<int>::max())));
+  schedule.section_blocks = Divisor(int(section * m_blocks));
   schedule.last_section = Divisor(all_heads % section == 0 ? section : int(all_heads % section));
   return schedule;
 }

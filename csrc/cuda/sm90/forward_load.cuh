@@ -162,7 +162,7 @@ FLASH_DEVICE void follow_tiles(typename Traits::SharedStorage& shared, F&& f) {
     const TileId tile = shared.tile[ring.stage];
     if (tile.m_block == TileId::kStop) return;
     if (tile.m_block != TileId::kFinish) f(tile);
-    if (kIsWarp) __syncwarp();
+    if constexpr (kIsWarp) __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.q_empty[ring.stage]);
     ring.advance();
   }

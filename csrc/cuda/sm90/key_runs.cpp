@@ -4,6 +4,7 @@
 #include "cuda/sm90/tensor_map.h"
 
 namespace flash::cuda::sm90 {
+
 bool has_key_runs(const ForwardParams& p) {
   const PairView& mask = p.features.score_mod.mask;
   if (!mask.data || mask.q_stride != 0 || p.k_layout.max == 0) return false;

@@ -23,12 +23,12 @@ struct ForwardSchedule {
   int num_tiles;   ///< ragged: at most
   int log2_heads;  ///< of a tile
   bool heavy_first;
-  Divisor num_m_blocks;             ///< of the longest sequence
+  Divisor num_m_blocks;             ///< of a sequence; not ragged
   Divisor heads, gqa_ratio;         ///< of a batch entry, as numbered; query heads of a key head
-  Divisor section, section_blocks;  ///< heads of a section, tiles of it
+  Divisor section, section_blocks;  ///< heads of a section; not ragged: its tiles
   Divisor last_section;             ///< heads of the last one
   SequenceOrder order;              ///< of a ragged batch
-  unsigned* next_tile;              ///< 0 at launch; null: tile = blockIdx.x + n gridDim.x
+  unsigned* next_tile;  ///< 0 when the first is drawn; null: tile = blockIdx.x + n gridDim.x
   KeyRuns runs;
   RunsTaken taken;  ///< by this launch
 

@@ -30,7 +30,7 @@ bool fills_bias_gradient(const BackwardParams& p);
 /// Late rows see more keys than early ones: tiles differ in work.
 bool is_causal(const ForwardParams& p);
 
-/// Sequences have lengths of their own: tiles differ in work, and some have none.
+/// Sequences have lengths of their own: tiles differ in work.
 bool is_ragged(const ForwardParams& p);
 
 /// Smallest compiled head dim that holds both: 64, 96, 128, 192 or 256; 0: none.

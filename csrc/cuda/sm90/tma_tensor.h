@@ -24,9 +24,7 @@ struct TmaRow {
 ///                                           rows
 ///            the sum of the three is first + r rows
 ///
-/// A box may span heads: its rows are the first rows of 2^log2_heads heads, then their second ones,
-/// and the head comes before the row. (In that order boxes of one head cost up to 7 % at 512
-/// tokens.)
+/// A box may span heads: its rows are the first rows of 2^log2_heads heads, then their second ones.
 struct TmaTensor {
   static constexpr int kRaggedRows = 1 << 30;
   static constexpr int64_t kWrap = int64_t{1} << 34;
