@@ -15,6 +15,7 @@
 #include "cuda/sm90/backward_dq.cuh"
 #include "cuda/sm90/backward_general.cuh"
 #include "cuda/sm90/backward_mma.cuh"
+#include "cuda/sm90/swizzled_rows.cuh"
 
 namespace flash::cuda::sm90 {
 
@@ -216,8 +217,9 @@ struct BackwardCompute {
   /// step before the last was complete when its warpgroup let the other have dS of the last.
   FLASH_DEVICE void store_from_ds(const BackwardTileId& tile) {
     const uint32_t dv = ds_chunk(ring.stage), dk = dv + 64 * 128;
-    put_rows<Element>(dv, accdV, 1.f, warp);
-    put_rows<Element>(dk, accdK, static_cast<float>(p.softmax_scale), warp);
+    const float scale = static_cast<float>(p.softmax_scale);
+    put_rows<Element, 64>(accdV, {1.f, 1.f}, dv);
+    put_rows<Element, 64>(accdK, {scale, scale}, dk);
     ptx::fence_proxy_async();
     ptx::named_barrier_sync(barrier_of(NamedBarrier::kDsTaken, warpgroup), 128);  // all have put
     if ((threadIdx.x & 127) != 0) return;

@@ -172,21 +172,6 @@ FLASH_DEVICE void put_ds(uint32_t chunk, const uint32_t (&rdS)[kBlockM / 4], int
     ptx::stmatrix_x4_transposed(ds_place(chunk, warp, j), &rdS[4 * j]);
 }
 
-/// scale * acc, 64 x 64 of a warpgroup, to a swizzled chunk of 64 rows.
-template <class Element>
-FLASH_DEVICE void put_rows(uint32_t chunk, const float (&acc)[32], float scale, int warp) {
-  const int lane = threadIdx.x & 31;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {  // 16 columns
-    uint32_t packed[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      packed[j] = pack<Element>(acc[8 * i + 2 * j] * scale, acc[8 * i + 2 * j + 1] * scale);
-    const int unit = (2 * i + lane / 16) ^ (lane & 7);
-    ptx::stmatrix_x4(chunk + (warp * 16 + lane % 16) * 128 + unit * 16, packed);
-  }
-}
-
 /// Lane i of a quad gives v[0 ... 3] and gets v[i] of lanes 0 ... 3.
 FLASH_DEVICE void transpose_quad(uint32_t (&v)[4]) {
   const bool is_odd = threadIdx.x & 1, is_high = threadIdx.x & 2;

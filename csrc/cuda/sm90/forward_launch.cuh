@@ -14,7 +14,7 @@ namespace flash::cuda::sm90 {
 /// a tile of queries: K and V are read once for all these heads. (Longer ones, where that makes
 /// fewer tiles: 0 to +7 %; but then a row's bits would depend on more than a range of lengths.)
 template <class Traits>
-int packed_heads_log2(const ForwardParams& p) {
+int shared_heads_log2(const ForwardParams& p) {
   if (Traits::kGeneral || has_key_runs(p) || p.q_layout.max > Traits::kBlockM / 2) return 0;
   int log2 = 0;  // no more than the rows of a warpgroup, which leave by one store
   while (log2 < 6 && p.gqa_ratio() % (2 << log2) == 0) ++log2;
@@ -27,7 +27,7 @@ int packed_heads_log2(const ForwardParams& p) {
 template <class Traits>
 ForwardSchedule make_schedule(const ForwardParams& p, void* workspace) {
   ForwardSchedule schedule{};
-  const int log2_heads = packed_heads_log2<Traits>(p);
+  const int log2_heads = shared_heads_log2<Traits>(p);
   const int heads = p.num_heads >> log2_heads;
   const int64_t m_blocks = ceil_div(int64_t{p.q_layout.max} << log2_heads, Traits::kBlockM);
   int64_t blocks = m_blocks * p.batch;

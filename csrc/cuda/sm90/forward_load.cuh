@@ -152,8 +152,8 @@ FLASH_DEVICE void store_tiles(const ForwardMaps& maps, typename Traits::SharedSt
   }
 }
 
-/// f(tile) for every tile, in the order of the load thread. The products of a tile must not be able
-/// to end before f has read it: only that keeps its stage from the next one.
+/// f(tile) for every tile, in the order of the load thread, whose stage comes back only when all
+/// who follow have let it go.
 template <class Traits, bool kIsWarp, class F>
 FLASH_DEVICE void follow_tiles(typename Traits::SharedStorage& shared, F&& f) {
   Ring<Traits::kQueryStages> ring;

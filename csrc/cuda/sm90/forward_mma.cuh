@@ -14,6 +14,7 @@
 #include "cuda/sm90/forward_scores.cuh"
 #include "cuda/sm90/forward_softmax.cuh"
 #include "cuda/sm90/scheduler.cuh"
+#include "cuda/sm90/swizzled_rows.cuh"
 
 namespace flash::cuda::sm90 {
 
@@ -308,7 +309,8 @@ struct ForwardMma {
   FLASH_DEVICE void put_output(uint32_t target, uint64_t* full) {
     clear_empty_rows(accO, inverse);
     ptx::named_barrier_sync(own_barrier, 128);  // its four warps have read these rows
-    output_to_shared<Element, kBlockM>(accO, inverse, target);
+    put_rows<Element, kBlockM>(accO, inverse, target);
+    ptx::fence_proxy_async();
     release(full);
   }
   FLASH_DEVICE void store_output() {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// How O = accO / l leaves the registers of a warpgroup: 64 rows, of which a thread holds two, 8
-// apart. `inverse`: 1 / l of both, with what dropout and a sink add; 0: the row weighs no key.
+// How O = accO / l leaves the registers of a warpgroup, where not by put_rows: 64 rows, of which a
+// thread holds two, 8 apart. `inverse`: 1 / l of both, with what dropout and a sink add; 0: the row
+// weighs no key.
 #pragma once
 
 #include "cuda/sm90/traits.cuh"
 #include "primitives/numeric.cuh"
-#include "primitives/ptx/stmatrix.cuh"
 
 namespace flash::cuda::sm90 {
 
@@ -16,26 +16,6 @@ FLASH_DEVICE void clear_empty_rows(float (&accO)[kCount], const float (&inverse)
 #pragma unroll
   for (int i = 0; i < kCount; ++i)
     if (inverse[(i >> 1) & 1] == 0.f) accO[i] = 0.f;
-}
-
-/// Into the rows at `target` of a swizzled tile of kBlockM rows, for TMA.
-template <class Element, int kBlockM, int kCount>
-FLASH_DEVICE void output_to_shared(const float (&accO)[kCount], const float (&inverse)[2],
-                                   uint32_t target) {
-  const int lane = threadIdx.x % 32, warp = warp_uniform(threadIdx.x / 32 % 4);
-#pragma unroll
-  for (int i = 0; i < kCount; i += 8) {  // 16 columns
-    uint32_t packed[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      packed[j] =
-          pack<Element>(accO[i + 2 * j] * inverse[j & 1], accO[i + 2 * j + 1] * inverse[j & 1]);
-    }
-    const int unit = (i % 32 / 4 + lane / 16) ^ (lane & 7);  // swizzled 16 bytes of the row
-    ptx::stmatrix_x4(target + i / 32 * kBlockM * 128 + (warp * 16 + lane % 16) * 128 + unit * 16,
-                     packed);
-  }
-  ptx::fence_proxy_async();
 }
 
 /// To global memory: pairs of lanes exchange halves, so that a lane writes 8 bytes and a row 32
