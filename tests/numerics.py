@@ -42,7 +42,7 @@ UNIT = {
 FEW_ROWS = 1024
 FEW_VALUES = 64 * FEW_ROWS
 FEW_KEYS = 8
-DRAWS = 4
+DRAWS = 12
 
 
 @dataclasses.dataclass
