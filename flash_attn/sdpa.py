@@ -90,7 +90,7 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, False, scale, enable_gqa
         )
     out: Tensor = torch.ops.flash_attn.sdpa(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     )
     return out
 

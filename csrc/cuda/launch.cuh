@@ -5,9 +5,11 @@
 
 #include <cstdint>
 #include <limits>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "attention/platform.h"
 #include "cuda/device.h"
@@ -18,22 +20,30 @@ FLASH_HOST_DEVICE constexpr int64_t ceil_div(int64_t x, int64_t step) {
   return (x + step - 1) / step;
 }
 
-/// A grid has one dimension, and a limit of 2^31 - 1; a kernel may have as much dynamic shared
-/// memory as it asks for. That limit belongs to the kernel, whose launches may differ in size: the
-/// lock keeps other threads from lowering it until this one has launched.
-template <class... Parameters>
-[[nodiscard]] std::unique_lock<std::mutex> prepare_launch(void (*kernel)(Parameters...),
-                                                          int64_t ctas, size_t shared_bytes) {
+/// A kernel may have as much dynamic shared memory as it was told once, on each device: it is told
+/// again only for more, since that costs a launch 1 us of the host's time, and never for less.
+inline void allow_shared_bytes(const void* kernel, size_t bytes) {
   static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  if (bytes <= kWithoutAsking) return;
+  int device = 0;
+  FLASH_CUDA_CHECK(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& known = allowed[{kernel, device}];
+  if (bytes <= known) return;
+  FLASH_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+  known = bytes;
+}
+
+/// A grid has one dimension, and a limit of 2^31 - 1.
+template <class... Parameters>
+void prepare_launch(void (*kernel)(Parameters...), int64_t ctas, size_t shared_bytes) {
   if (ctas > std::numeric_limits<int>::max())
     throw std::runtime_error("flash_attn: a problem of " + std::to_string(ctas) +
                              " thread blocks is larger than a CUDA grid (2147483647)");
-  constexpr size_t kDefaultSharedBytes = 48 * 1024;
-  if (shared_bytes <= kDefaultSharedBytes) return {};
-  std::unique_lock<std::mutex> lock(mutex);
-  FLASH_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
-  return lock;
+  allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
 }
 
 /// Launches kernel(arguments...) on `ctas` CTAs. An empty grid launches nothing.
@@ -41,7 +51,7 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t ctas, int threads, size_t shared_bytes,
             void* stream, const Arguments&... arguments) {
   if (ctas == 0) return;
-  const auto lock = prepare_launch(kernel, ctas, shared_bytes);
+  prepare_launch(kernel, ctas, shared_bytes);
   kernel<<<unsigned(ctas), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
       arguments...);
   FLASH_CUDA_CHECK(cudaGetLastError());
@@ -54,7 +64,7 @@ template <class... Parameters, class... Arguments>
 void launch_early(void (*kernel)(Parameters...), int64_t ctas, int threads, size_t shared_bytes,
                   void* stream, const Arguments&... arguments) {
   if (ctas == 0) return;
-  const auto lock = prepare_launch(kernel, ctas, shared_bytes);
+  prepare_launch(kernel, ctas, shared_bytes);
   cudaLaunchAttribute early;
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;

@@ -46,7 +46,7 @@ TORCH_LIBRARY(flash_attn, m) {
     m.def(schema.c_str(), tags);
   };
   def("sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
-      "bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> Tensor",
+      "bool is_causal=False, float? scale=None, bool enable_gqa=False) -> Tensor",
       pure);
   def("_as_4d(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, "
       "bool enable_gqa) -> (Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask)",

@@ -22,7 +22,7 @@ void launch_traits(const BackwardParams& p, const BiasRows& rows, void* stream) 
   const int split = ctas_of_tile(p, tiles);
   const int64_t ctas = split > 1 ? tiles * split : std::min<int64_t>(tiles, num_multiprocessors());
   constexpr size_t kSharedBytes = sizeof(typename Traits::SharedStorage);
-  const auto lock = prepare_launch(bias_gradient_kernel<Traits>, ctas, kSharedBytes);
+  prepare_launch(bias_gradient_kernel<Traits>, ctas, kSharedBytes);
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {unsigned(split), 1, 1};

@@ -47,7 +47,8 @@ ForwardSchedule make_schedule(const ForwardParams& p, void* workspace) {
                      : runs_are_plain(p) ? RunsTaken::kWithHoles
                                          : RunsTaken::kAll;
   }
-  if (schedule.heavy_first || schedule.order.batch || (schedule.runs.run && !Traits::kGeneral))
+  const bool is_uneven = schedule.heavy_first || (schedule.runs.run && !Traits::kGeneral);
+  if (schedule.order.batch || (is_uneven && schedule.num_tiles > num_multiprocessors()))
     schedule.next_tile = static_cast<unsigned*>(workspace);
   const int64_t short_section = Traits::kHeadDim == 128 ? 1024 : 512;
   const int64_t section_bytes = int64_t{p.k_layout.max <= short_section ? 4 : 48} << 20;

@@ -43,6 +43,7 @@ SequenceOrder sequence_order(const ForwardParams& p, void* workspace) {
 }
 
 int64_t forward_workspace_bytes(const ForwardParams& p) {
+  if (!is_causal(p) && !is_ragged(p) && !has_key_runs(p)) return 0;  // tiles in a fixed order
   const int64_t order_bytes = is_ragged(p) ? (int64_t{2} * p.batch + 1) * sizeof(int) : 0;
   return kCounterBytes + run_bytes(p) + order_bytes;
 }
