@@ -97,6 +97,30 @@ def test_heads_do_not_matter(backend, inputs_of):
             assert equal_bits(both.grads[key][:, head : head + 1], grad), key
 
 
+@pytest.mark.parametrize("queries", [20, 150])
+def test_grouped_heads_do_not_matter(backend, queries):
+    """A query head has the bits that it has on a key head of its own, whatever is asked of the
+    other heads: huge scores, which some kernels treat apart, infinite ones, none."""
+    q, k, v = (
+        torch.randn(2, heads, rows, 64, dtype=torch.float32).to(backend.device, torch.bfloat16)
+        for heads, rows in ((8, queries), (2, 300), (2, 300))
+    )
+    grouped = run_forward(backend, q, k, v)
+    own = run_forward(backend, q, *(t.repeat_interleave(4, dim=1) for t in (k, v)))
+    strange = q.clone()
+    strange[:, 3] *= 5000
+    strange[:, 6] = torch.inf
+    among = run_forward(backend, strange, k, v)
+    for a, b, c in zip(grouped, own, among, strict=True):
+        assert equal_bits(a, b)
+        for head in (0, 1, 2, 4, 5, 7):
+            assert equal_bits(a[:, head], c[:, head]), head
+
+
+def run_forward(backend, q, k, v):
+    return backend.attention(q, k, v, bottom_right=True, window_right=0, scale=0.125)
+
+
 def test_torch_asks_for_determinism(backend, poisoned, inputs_of):
     """torch.use_deterministic_algorithms(True) implies deterministic=True."""
     inputs = inputs_of("several_blocks_causal")

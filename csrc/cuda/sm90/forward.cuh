@@ -26,6 +26,7 @@ FLASH_DEVICE void init_barriers(typename Traits::SharedStorage& shared, int foll
   constexpr int kMmaWarps = 4 * Traits::kMmaWarpgroups;  // one lane of each arrives
   for (int i = 0; i < Traits::kQueryStages; ++i) {
     shared.failed[i] = -1;
+    for (auto& rows : shared.marks[i]) rows = {};
     ptx::mbarrier_init(&shared.q_full[i], 1);
     ptx::mbarrier_init(&shared.q_empty[i], (Traits::kStoresThroughQ ? 1 : kMmaWarps) + followers);
     for (auto& barrier : shared.o_full[i]) ptx::mbarrier_init(&barrier, 4);

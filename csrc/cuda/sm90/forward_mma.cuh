@@ -168,6 +168,12 @@ struct ForwardMma {
         (Traits::kDrawsEarly ? known.drawn : scores().drawn(first_column())).apply(rP);
   }
 
+  /// A mask of pairs may have left a row without a maximum to keep.
+  FLASH_DEVICE bool may_keep() const {
+    return Traits::kKeepsMaximum && !(Traits::kMasksProducts && softmax.any_empty());
+  }
+  FLASH_DEVICE UnsafeRows& marks() const { return shared.marks[q_stage][4 * warpgroup + warp]; }
+
   enum class Step { kMasked, kFull };
 
   /// S of n_block and P V of the block after it.
@@ -190,13 +196,12 @@ struct ForwardMma {
     ptx::pin(accS);
     give_back(keys);
     make_scores(accS, known, kStep == Step::kMasked && may_be_edge());
-    // A mask of pairs may have left a row without a maximum to keep.
-    const bool keeps = kStep == Step::kFull && Traits::kKeepsMaximum &&
-                       !(Traits::kMasksProducts && softmax.any_empty());
+    const bool keeps = kStep == Step::kFull && may_keep();
     if (keeps) {
       softmax.keep(accS);
     } else if (kStep == Step::kMasked && Traits::kMayRedo && tile.is_redo()) {
-      softmax.template update<Exponent::kSubtractFirst>(accS);
+      const bool kept = n_block >= blocks.full.begin && n_block < blocks.full.end && may_keep();
+      softmax.update_again(accS, marks(), kept);
     } else {
       softmax.template update<kUsualExponent>(accS);
     }
@@ -263,7 +268,7 @@ struct ForwardMma {
     const KnownPairs known = find_pairs();
     make_scores(accS, known, may_be_edge());
     if (Traits::kMayRedo && tile.is_redo()) {
-      softmax.template first<Exponent::kSubtractFirst>(accS);
+      softmax.first_again(accS, marks());
     } else {
       softmax.template first<kUsualExponent>(accS);
     }
@@ -300,9 +305,14 @@ struct ForwardMma {
       const float value = softmax.lse(r, unit());
       if ((lane & 3) == 0 && is_row(r)) lse[r * offset_between(lse_stride, 1)] = value;
     }
-    if (Traits::kMayRedo && !tile.is_redo()) {
-      const bool unsafe = !softmax.is_safe(0) || !softmax.is_safe(1);
-      if (__any_sync(0xffffffffu, unsafe) && lane == 0) shared.failed[q_stage] = tile.index;
+    if (Traits::kMayRedo) {
+      const bool redo = tile.is_redo();
+      const UnsafeRows unsafe = redo ? UnsafeRows{} : softmax.unsafe_rows();
+      if (redo || unsafe.any()) {
+        __syncwarp();  // all lanes have read what was left there
+        if (lane == 0) marks() = unsafe;
+        if (lane == 0 && !redo) shared.failed[q_stage] = tile.index;
+      }
     }
   }
   /// O / l to where the store thread takes it.

@@ -11,8 +11,9 @@
 //
 // The exponent is c (S - m), or one multiply-add c S - c m: shorter, but the rounding of c m
 // remains as a factor 2^(|c m| 2^-24), and overflow can make it NaN. A row whose |c m| exceeds
-// 2^13, or whose l reaches 2^64 under a kept m, is not safe: its tile is done again by `update`
-// with the exact exponent.
+// 2^13, or whose l reaches 2^64 under a kept m, is not safe: its tile is done again, this row by
+// `update` with the exact exponent, the others just as before, so that no row changes another's
+// bits.
 #pragma once
 
 #include "cuda/sm90/traits.cuh"
@@ -70,21 +71,41 @@ struct RowSoftmax {
   template <Exponent kExponent, int kCount>
   FLASH_DEVICE void update(float (&accS)[kCount]) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float maximum = fmaxf(row_maximum(accS, r), row_max[r]);
-      if ((row_max[r] - maximum) * scale_log2 >= -kStaleLog2) maximum = row_max[r];
-      const float base = base_of(maximum);
-      rescale[r] = exp2_approx((row_max[r] - base) * scale_log2);
-      row_max[r] = maximum;
-      row_sum[r] = row_sum[r] * rescale[r] + exponentials<kExponent>(accS, r, base);
-    }
+    for (int r = 0; r < 2; ++r) update_row<kExponent>(accS, r, row_maximum(accS, r));
   }
   template <int kCount>
   FLASH_DEVICE void keep(float (&accS)[kCount]) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      row_sum[r] += exponentials<Exponent::kMultiplyAdd>(accS, r, row_max[r]);
+    for (int r = 0; r < 2; ++r) keep_row(accS, r);
   }
+
+  // The second time: rows that were not safe, and the others as they were done the first time.
+  template <int kCount>
+  FLASH_DEVICE void first_again(float (&accS)[kCount], const UnsafeRows& unsafe) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      row_max[r] = row_maximum(accS, r);
+      const float base = base_of(row_max[r]);
+      row_sum[r] = unsafe.has(r) ? exponentials<Exponent::kSubtractFirst>(accS, r, base)
+                                 : exponentials<Exponent::kMultiplyAdd>(accS, r, base);
+    }
+  }
+  template <int kCount>
+  FLASH_DEVICE void update_again(float (&accS)[kCount], const UnsafeRows& unsafe, bool kept) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float maximum = row_maximum(accS, r);  // by all lanes
+      rescale[r] = 1.f;
+      if (unsafe.has(r)) {
+        update_row<Exponent::kSubtractFirst>(accS, r, maximum);
+      } else if (kept) {
+        keep_row(accS, r);
+      } else {
+        update_row<Exponent::kMultiplyAdd>(accS, r, maximum);
+      }
+    }
+  }
+
   /// Some row of the warp has met no key yet.
   FLASH_DEVICE bool any_empty() const {
     return __any_sync(0xffffffffu, fminf(row_max[0], row_max[1]) == -INFINITY);
@@ -113,9 +134,32 @@ struct RowSoftmax {
   FLASH_DEVICE float lse(int r, float softmax_scale) const {
     return row_sum[r] == 0.f ? -INFINITY : row_max[r] * softmax_scale + logf(row_sum[r]);
   }
+  /// By complete l.
+  FLASH_DEVICE UnsafeRows unsafe_rows() const {
+    UnsafeRows rows;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) rows.lanes[r] = __ballot_sync(0xffffffffu, !is_safe(r));
+    return rows;
+  }
+
+ private:
   FLASH_DEVICE bool is_safe(int r) const {
     return row_max[r] == -INFINITY ||
            (row_sum[r] < kSafeSum && fabsf(row_max[r] * scale_log2) <= kSafeLog2);
+  }
+  /// `maximum`: of S.
+  template <Exponent kExponent, int kCount>
+  FLASH_DEVICE void update_row(float (&accS)[kCount], int r, float maximum) {
+    maximum = fmaxf(maximum, row_max[r]);
+    if ((row_max[r] - maximum) * scale_log2 >= -kStaleLog2) maximum = row_max[r];
+    const float base = base_of(maximum);
+    rescale[r] = exp2_approx((row_max[r] - base) * scale_log2);
+    row_max[r] = maximum;
+    row_sum[r] = row_sum[r] * rescale[r] + exponentials<kExponent>(accS, r, base);
+  }
+  template <int kCount>
+  FLASH_DEVICE void keep_row(float (&accS)[kCount], int r) {
+    row_sum[r] += exponentials<Exponent::kMultiplyAdd>(accS, r, row_max[r]);
   }
 };
 

@@ -111,6 +111,14 @@ struct TileId {
   FLASH_DEVICE bool is_redo() const { return index < 0; }
 };
 
+/// Which rows of a warp need the safe exponent: bit l of lanes[r] is row r of the two of lane l.
+struct UnsafeRows {
+  uint32_t lanes[2];
+
+  FLASH_DEVICE bool any() const { return (lanes[0] | lanes[1]) != 0; }
+  FLASH_DEVICE bool has(int r) const { return lanes[r] >> threadIdx.x % 32 & 1; }
+};
+
 /// Position in a ring of stages; the parity flips at each wrap.
 template <int kStages>
 struct Ring {
@@ -224,6 +232,7 @@ struct ForwardTraits : Tile {
     PairStorage<kPairStages, (kHooks ? 2 : 1) * kBlockM * Tile::kBlockN> pairs;
     TileId tile[Tile::kQueryStages];
     int failed[Tile::kQueryStages];  // index of the tile to be done again, or -1
+    UnsafeRows marks[Tile::kQueryStages][4 * Tile::kMmaWarpgroups];  // its rows that are why
     uint64_t q_full[Tile::kQueryStages], q_empty[Tile::kQueryStages];
     uint64_t o_full[Tile::kQueryStages][Tile::kMmaWarpgroups];
     uint64_t kv_full[Tile::kStages], kv_empty[Tile::kStages];
