@@ -12,7 +12,7 @@ WORKERS ?= 2
 NEEDS = $(PYTHON) .ci/install_extra.py
 CLANG_FORMAT = $(PYTHON) -c 'from clang_format import clang_format as run; run()'
 
-.PHONY: help python build test test-gpu test-cpp kernels lint format demo bench clean
+.PHONY: help python build test test-gpu sanitize test-cpp kernels lint format demo bench clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## */ - /'
@@ -39,6 +39,13 @@ test-gpu: python ## the grid of cases on a GPU; results in build/test-gpu.json
 	FLASH_ATTN_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest -q -n auto --maxprocesses 14 tests/backends -k "not cpu" \
 	  --json build/test-gpu.json $(TESTS)
+
+sanitize: python ## memcheck, synccheck and racecheck of the sm90 kernels, in a build for them
+	@$(NEEDS) build gpu
+	FLASH_ATTN_CUDA=1 FLASH_ATTN_SANITIZE=1 $(PYTHON) setup.py -q build_ext --inplace
+	for tool in memcheck synccheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	  compute-sanitizer --tool $$tool --kernel-name kns=flash --error-exitcode 1 \
+	  $(PYTHON) tests/sanitize.py $(CASES) || exit 1; done
 
 test-cpp: ## C++ tests of the layers below torch
 	$(PYTHON3) csrc/build_kernels.py tests $(if $(CUDA),--cuda)

@@ -48,6 +48,8 @@ NVCC_FLAGS = (
     " -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
     " -Xptxas -v,--warn-on-spills,--warn-on-local-memory-usage"
 )
+if os.environ.get("FLASH_ATTN_SANITIZE") == "1":  # `make sanitize`
+    NVCC_FLAGS += " -DFLASH_SANITIZE"
 GIB_PER_NVCC = 2.5  # peak of one nvcc process on the largest instance
 
 

@@ -18,26 +18,26 @@ namespace flash::cuda::sm90 {
 
 template <class Traits>
 FLASH_DEVICE void init_backward_barriers(typename Traits::SharedStorage& shared) {
-  constexpr int kMmaWarps = 8;  // one lane of each arrives
+  constexpr int kMmaWarps = 8;
   ptx::mbarrier_init(&shared.k_full, 1);
-  ptx::mbarrier_init(&shared.k_empty, kMmaWarps);
+  ptx::mbarrier_init_for_warps(&shared.k_empty, kMmaWarps);
   ptx::mbarrier_init(&shared.v_full, 1);
-  ptx::mbarrier_init(&shared.v_empty, kMmaWarps);
+  ptx::mbarrier_init_for_warps(&shared.v_empty, kMmaWarps);
   for (int i = 0; i < 2; ++i) {
     ptx::mbarrier_init(&shared.q_full[i], 1);
-    ptx::mbarrier_init(&shared.q_empty[i], kMmaWarps);
+    ptx::mbarrier_init_for_warps(&shared.q_empty[i], kMmaWarps);
     ptx::mbarrier_init(&shared.dout_full[i], 1);
-    ptx::mbarrier_init(&shared.dout_empty[i], kMmaWarps);
-    ptx::mbarrier_init(&shared.ds_full[i], kMmaWarps);
+    ptx::mbarrier_init_for_warps(&shared.dout_empty[i], kMmaWarps);
+    ptx::mbarrier_init_for_warps(&shared.ds_full[i], kMmaWarps);
     ptx::mbarrier_init(&shared.converted_full[i], 1);
     ptx::mbarrier_init(&shared.tile_full[i], 1);
-    ptx::mbarrier_init(&shared.tile_empty[i], kMmaWarps + 1);  // and the adding warp
+    ptx::mbarrier_init_for_warps(&shared.tile_empty[i], kMmaWarps + 1);  // and the adding one
   }
   if constexpr (Traits::kGeneral) {
-    ptx::mbarrier_init(&shared.ds_empty, kMmaWarps);
+    ptx::mbarrier_init_for_warps(&shared.ds_empty, kMmaWarps);
     for (int i = 0; i < Traits::kPairStages; ++i) {
       ptx::mbarrier_init(&shared.pairs.full[i], 1);
-      ptx::mbarrier_init(&shared.pairs.empty[i], kMmaWarps);
+      ptx::mbarrier_init_for_warps(&shared.pairs.empty[i], kMmaWarps);
     }
   }
   ptx::mbarrier_init_fence();

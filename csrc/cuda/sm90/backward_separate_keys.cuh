@@ -301,29 +301,29 @@ struct KeysCompute {
 
 template <class Traits>
 FLASH_DEVICE void init_keys_barriers(typename Traits::SharedStorage& shared) {
-  constexpr int kOneWarpgroup = 4;  // one lane of each warp arrives
+  constexpr int kOneWarpgroup = 4;  // warps
   ptx::mbarrier_init(&shared.k_full, 1);
-  ptx::mbarrier_init(&shared.k_empty, kOneWarpgroup);
+  ptx::mbarrier_init_for_warps(&shared.k_empty, kOneWarpgroup);
   ptx::mbarrier_init(&shared.v_full, 1);
-  ptx::mbarrier_init(&shared.v_empty, kOneWarpgroup);
-  ptx::mbarrier_init(&shared.p_full, kOneWarpgroup);
-  ptx::mbarrier_init(&shared.p_empty, kOneWarpgroup);
+  ptx::mbarrier_init_for_warps(&shared.v_empty, kOneWarpgroup);
+  ptx::mbarrier_init_for_warps(&shared.p_full, kOneWarpgroup);
+  ptx::mbarrier_init_for_warps(&shared.p_empty, kOneWarpgroup);
   for (int i = 0; i < Traits::kQuerySlots; ++i) {
     ptx::mbarrier_init(&shared.q_full[i], 1);
-    ptx::mbarrier_init(&shared.q_empty[i], Traits::kMmaWarps);
+    ptx::mbarrier_init_for_warps(&shared.q_empty[i], Traits::kMmaWarps);
   }
   for (int i = 0; i < Traits::kStages; ++i) {
     ptx::mbarrier_init(&shared.dout_full[i], 1);
-    ptx::mbarrier_init(&shared.dout_empty[i], Traits::kMmaWarps);
+    ptx::mbarrier_init_for_warps(&shared.dout_empty[i], Traits::kMmaWarps);
   }
   for (int i = 0; i < 2; ++i) {
     ptx::mbarrier_init(&shared.tile_full[i], 1);
-    ptx::mbarrier_init(&shared.tile_empty[i], Traits::kMmaWarps);
+    ptx::mbarrier_init_for_warps(&shared.tile_empty[i], Traits::kMmaWarps);
   }
   if constexpr (Traits::kGeneral) {
     for (int i = 0; i < Traits::kPairStages; ++i) {
       ptx::mbarrier_init(&shared.pairs.full[i], 1);
-      ptx::mbarrier_init(&shared.pairs.empty[i], kOneWarpgroup);  // the one that makes P
+      ptx::mbarrier_init_for_warps(&shared.pairs.empty[i], kOneWarpgroup);  // the one that makes P
     }
   }
   ptx::mbarrier_init_fence();

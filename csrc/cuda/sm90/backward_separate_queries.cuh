@@ -106,8 +106,7 @@ FLASH_DEVICE void clean_key_blocks(const BackwardParams& p, const BackwardSchedu
           clear_row<Traits::kBlockN, Traits::kChunks>(shared.k[keys.stage], row);
       }
       ptx::fence_proxy_async();  // before wgmma reads the zeros
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(&shared.k_clean[keys.stage]);
+      release(&shared.k_clean[keys.stage]);
     }
   }
 }
@@ -300,26 +299,26 @@ struct QueriesCompute {
 template <class Traits>
 FLASH_DEVICE void init_queries_barriers(typename Traits::SharedStorage& shared, bool cleans_keys) {
   ptx::mbarrier_init(&shared.q_full, 1);
-  ptx::mbarrier_init(&shared.q_empty, Traits::kMmaWarps);  // one lane of each arrives
+  ptx::mbarrier_init_for_warps(&shared.q_empty, Traits::kMmaWarps);
   ptx::mbarrier_init(&shared.dout_full, 1);
-  ptx::mbarrier_init(&shared.dout_empty, Traits::kMmaWarps);
+  ptx::mbarrier_init_for_warps(&shared.dout_empty, Traits::kMmaWarps);
   for (int i = 0; i < Traits::kKeyStages; ++i) {
     ptx::mbarrier_init(&shared.k_full[i], 1);
-    ptx::mbarrier_init(&shared.k_empty[i], Traits::kMmaWarps);
-    ptx::mbarrier_init(&shared.k_clean[i], 1);
+    ptx::mbarrier_init_for_warps(&shared.k_empty[i], Traits::kMmaWarps);
+    ptx::mbarrier_init_for_warps(&shared.k_clean[i], 1);
   }
   for (int i = 0; i < Traits::kValueStages; ++i) {
     ptx::mbarrier_init(&shared.v_full[i], 1);
-    ptx::mbarrier_init(&shared.v_empty[i], Traits::kMmaWarps);
+    ptx::mbarrier_init_for_warps(&shared.v_empty[i], Traits::kMmaWarps);
   }
   for (int i = 0; i < 2; ++i) {
     ptx::mbarrier_init(&shared.tile_full[i], 1);
-    ptx::mbarrier_init(&shared.tile_empty[i], Traits::kMmaWarps + cleans_keys);
+    ptx::mbarrier_init_for_warps(&shared.tile_empty[i], Traits::kMmaWarps + cleans_keys);
   }
   if constexpr (Traits::kGeneral) {
     for (int i = 0; i < Traits::kPairStages; ++i) {
       ptx::mbarrier_init(&shared.pairs.full[i], 1);
-      ptx::mbarrier_init(&shared.pairs.empty[i], Traits::kMmaWarps);
+      ptx::mbarrier_init_for_warps(&shared.pairs.empty[i], Traits::kMmaWarps);
     }
   }
   ptx::mbarrier_init_fence();

@@ -192,8 +192,7 @@ template <class Shared>
 FLASH_DEVICE int next_tile(Shared& shared, Ring<2>& slot) {
   ptx::mbarrier_wait(&shared.tile_full[slot.stage], slot.parity);
   const int index = shared.tile[slot.stage];
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.tile_empty[slot.stage]);
+  release(&shared.tile_empty[slot.stage]);
   slot.advance();
   return to_uniform(index);
 }

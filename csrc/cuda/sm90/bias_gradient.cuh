@@ -362,11 +362,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < Traits::kSlots; ++i) {
       ptx::mbarrier_init(&shared.full[i], 1);
-      ptx::mbarrier_init(&shared.empty[i], Traits::kMmaWarps);
+      ptx::mbarrier_init_for_warps(&shared.empty[i], Traits::kMmaWarps);
     }
     for (int i = 0; i < Traits::kBiasStages; ++i) {
       ptx::mbarrier_init(&shared.bias_full[i], 1);
-      ptx::mbarrier_init(&shared.bias_empty[i], Traits::kMmaWarps);
+      ptx::mbarrier_init_for_warps(&shared.bias_empty[i], Traits::kMmaWarps);
     }
     ptx::mbarrier_init_fence();
   }

@@ -22,24 +22,27 @@ namespace flash::cuda::sm90 {
 enum class Role { kLoadAndStore, kMma };
 
 template <class Traits>
-FLASH_DEVICE void init_barriers(typename Traits::SharedStorage& shared, int followers) {
-  constexpr int kMmaWarps = 4 * Traits::kMmaWarpgroups;  // one lane of each arrives
+FLASH_DEVICE void init_barriers(typename Traits::SharedStorage& shared, bool cleans_keys,
+                                bool loads_pairs) {
+  constexpr int kMmaWarps = 4 * Traits::kMmaWarpgroups;
   for (int i = 0; i < Traits::kQueryStages; ++i) {
     shared.failed[i] = -1;
     for (auto& rows : shared.marks[i]) rows = {};
     ptx::mbarrier_init(&shared.q_full[i], 1);
-    ptx::mbarrier_init(&shared.q_empty[i], (Traits::kStoresThroughQ ? 1 : kMmaWarps) + followers);
-    for (auto& barrier : shared.o_full[i]) ptx::mbarrier_init(&barrier, 4);
+    ptx::mbarrier_init_for_warps(&shared.q_empty[i],
+                                 (Traits::kStoresThroughQ ? 0 : kMmaWarps) + cleans_keys,
+                                 int(Traits::kStoresThroughQ) + loads_pairs);
+    for (auto& barrier : shared.o_full[i]) ptx::mbarrier_init_for_warps(&barrier, 4);
   }
   for (int i = 0; i < Traits::kStages; ++i) {
     ptx::mbarrier_init(&shared.kv_full[i], 1);
-    ptx::mbarrier_init(&shared.kv_empty[i], kMmaWarps);
-    ptx::mbarrier_init(&shared.kv_clean[i], 1);
+    ptx::mbarrier_init_for_warps(&shared.kv_empty[i], kMmaWarps);
+    ptx::mbarrier_init_for_warps(&shared.kv_clean[i], 1);
   }
   if constexpr (Traits::kGeneral) {
     for (int i = 0; i < Traits::kPairStages; ++i) {
       ptx::mbarrier_init(&shared.pairs.full[i], 1);
-      ptx::mbarrier_init(&shared.pairs.empty[i], kMmaWarps);
+      ptx::mbarrier_init_for_warps(&shared.pairs.empty[i], kMmaWarps);
     }
   }
   ptx::mbarrier_init_fence();
@@ -52,9 +55,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                    const __grid_constant__ ForwardSchedule schedule) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(raw);
-  const int followers =
-      Traits::kGeneral ? int(has_unattended_keys(p)) + int(maps.pairs.kind != PairKind::kNone) : 0;
-  if (threadIdx.x == 0) init_barriers<Traits>(shared, followers);
+  const bool cleans_keys = Traits::kGeneral && has_unattended_keys(p);
+  const bool loads_pairs = Traits::kGeneral && maps.pairs.kind != PairKind::kNone;
+  if (threadIdx.x == 0) init_barriers<Traits>(shared, cleans_keys, loads_pairs);
   __syncthreads();  // barriers exist before any role touches them
 
   const int warpgroup = warp_uniform(threadIdx.x >> 7);
@@ -64,9 +67,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (threadIdx.x == 0) load_tiles<Traits>(maps, p, schedule, shared);
     if (Traits::kStoresThroughQ && threadIdx.x == 32) store_tiles<Traits>(maps, shared);
     if constexpr (Traits::kGeneral) {
-      if (threadIdx.x / 32 == 2 && has_unattended_keys(p)) clean_keys<Traits>(p, shared);
-      if (threadIdx.x == 96 && maps.pairs.kind != PairKind::kNone)
-        load_pairs<Traits>(maps.pairs, shared);
+      if (threadIdx.x / 32 == 2 && cleans_keys) clean_keys<Traits>(p, shared);
+      if (threadIdx.x == 96 && loads_pairs) load_pairs<Traits>(maps.pairs, shared);
     }
   } else {
     ptx::grow_registers<Traits::kMmaRegisters>();

@@ -162,8 +162,8 @@ FLASH_DEVICE void follow_tiles(typename Traits::SharedStorage& shared, F&& f) {
     const TileId tile = shared.tile[ring.stage];
     if (tile.m_block == TileId::kStop) return;
     if (tile.m_block != TileId::kFinish) f(tile);
-    if constexpr (kIsWarp) __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.q_empty[ring.stage]);
+    uint64_t* const let_go = &shared.q_empty[ring.stage];
+    kIsWarp ? release(let_go) : ptx::mbarrier_arrive(let_go);
     ring.advance();
   }
 }
@@ -189,8 +189,7 @@ FLASH_DEVICE void clean_keys(const ForwardParams& p, typename Traits::SharedStor
         clear_row<Traits::kBlockN, Traits::kChunks>(shared.kv[at.stage],
                                                     lane + 32 * (__ffs(dropped) - 1));
       ptx::fence_proxy_async();  // before wgmma reads the zeros
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(&shared.kv_clean[at.stage]);
+      release(&shared.kv_clean[at.stage]);
     };
     for_each_block(ring, tile.visit, clean, clean);
   });

@@ -42,7 +42,7 @@ struct TileD96Long {  // against 128x128: full +9 to 12 %, causal +4 %; -5 to -1
   static constexpr int kMmaWarpgroups = 3, kBlockN = 96, kStages = 5, kQueryStages = 2;
   static constexpr bool kTakeTurns = true;
 };
-struct TileD128 {  // 192x80 -6 %, 128x144 -5 %, 128x176 -7 % at 8k
+struct TileD128 {  // 192x64 full 2k +4 %, causal -3 to -10 %; 128x144 -5 %, 128x176 -7 % at 8k
   // Two rings of 2 and 3 stages of Q: -6 to -8 % up to 1k, -3 % at 2k; causal 512 +2 %
   static constexpr int kMmaWarpgroups = 2, kBlockN = 128, kStages = 5, kQueryStages = 2;
   static constexpr bool kTakeTurns = true;
@@ -241,11 +241,7 @@ struct ForwardTraits : Tile {
   static_assert(sizeof(SharedStorage) <= 232448, "exceeds the shared memory of one SM");
 };
 
-/// One arrival for a warp, when all of its lanes are done with what the barrier guards.
-FLASH_DEVICE void release(uint64_t* barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
-}
+FLASH_DEVICE void release(uint64_t* barrier) { ptx::mbarrier_release(barrier); }
 
 /// A value that steers a loop, told to ptxas to be equal in all lanes (REDUX writes a uniform
 /// register). Without it, ring positions and descriptors of the main loop leave the uniform

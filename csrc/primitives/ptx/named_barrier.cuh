@@ -6,12 +6,21 @@
 
 namespace flash::ptx {
 
+// bar = barrier.aligned. synccheck wants all warps of such a one at the same instruction, also
+// those that two copies of the code bring to it; in a build for it barriers are not aligned.
+#ifdef FLASH_SANITIZE
+#define FLASH_BARRIER "barrier"
+#else
+#define FLASH_BARRIER "bar"
+#endif
+
 FLASH_DEVICE void named_barrier_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+  asm volatile(FLASH_BARRIER ".sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 FLASH_DEVICE void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+  asm volatile(FLASH_BARRIER ".arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+#undef FLASH_BARRIER
 
 /// All four warps of a warpgroup call these. Growing waits for registers that others gave back.
 template <int kRegisters>
