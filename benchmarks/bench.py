@@ -107,7 +107,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "suite": arguments.suite,
-        "machine": machine.describe(device) | {"flash_attn": _build_info(names)},
+        "machine": machine.describe(device)
+        | {"flash_attn": machine.build() if any(n.startswith("ours") for n in names) else None},
         "matmul_flops": {
             d: {"before": machine.matmul_rate(device, TORCH_DTYPES[d])} for d in dtypes
         },
@@ -146,14 +147,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"not run, out of time: {name}")
     report["wall_s"] = round(time.perf_counter() - begin, 1)
     return report
-
-
-def _build_info(names: list[str]) -> dict[str, Any] | None:
-    if not any(name.startswith("ours") for name in names):
-        return None
-    import flash_attn
-
-    return json.loads(json.dumps(flash_attn.build_info(), default=str))
 
 
 def write(report: dict[str, Any], path: Path | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import json
 import os
 import platform
 import re
@@ -43,6 +44,14 @@ def commit() -> str:
     sources = ("csrc", "flash_attn", "setup.py")
     dirty = _command("git", "status", "--porcelain", "--untracked-files=no", "--", *sources)
     return revision + ("+" if dirty else "")
+
+
+def build() -> dict[str, Any]:
+    """What flash_attn.build_info says, as JSON holds it."""
+    import flash_attn
+
+    facts: dict[str, Any] = json.loads(json.dumps(flash_attn.build_info(), default=str))
+    return facts
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -231,7 +231,7 @@ def training_section(path: Path) -> str:
     report = json.loads(path.read_text())
     facts = report["machine"]
     parts = [
-        f"**{facts['device']}**; torch {facts['torch']}; commit {facts['commit']}, "
+        f"**{facts['device']}**; torch {facts['torch']}; commit {revision(facts)}, "
         f"{facts['date']}. "
         f"Tokens per second of a training step of {report['tokens']:,} tokens in bf16, and its "
         "peak memory beyond weights and optimizer. Figures: "

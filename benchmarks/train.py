@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
             torch.cuda.empty_cache()
     report = {
         "schema": "train-1",
-        "machine": machine.describe(torch.device("cuda")),
+        "machine": machine.describe(torch.device("cuda")) | {"flash_attn": machine.build()},
         "tokens": TOKENS,
         "steps": arguments.steps,
         "rows": rows,
