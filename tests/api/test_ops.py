@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The operators as torch sees them: schemas, fake kernels, autograd, compile, export, autocast,
-torch.func, and torch's own samples."""
+"""The operators as torch sees them: schemas, fake kernels, autograd, autocast, torch.func, and
+torch's own samples."""
 
 import dataclasses
 
@@ -172,63 +172,6 @@ def test_backward_twice_needs_retain_graph():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(out.sum(), q)
-
-
-def model(q, k, v, mask):
-    out = sdpa(q, k, v, mask) + sdpa(q, k, v, is_causal=True)
-    return flash_attn.attention(out, k, v, causal="bottom_right", scale=0.2)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile(backend, dynamic):
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
-    for length in (16, 24) if dynamic else (16,):
-        q, k, v = (torch.randn(2, 3, length, 8, requires_grad=True) for _ in range(3))
-        mask = torch.randn(length, length, requires_grad=True)
-        leaves = (q, k, v, mask)
-        expected = torch.autograd.grad(model(*leaves).square().sum(), leaves)
-        out = compiled(*leaves)
-        got = torch.autograd.grad(out.square().sum(), leaves)
-        torch.testing.assert_close(out, model(*leaves))
-        for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-def test_compile_dropout():
-    """Drawn anew by every call, and reproducible by the seed."""
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda q: sdpa(q, q, q, dropout_p=0.5), fullgraph=True,
-                             backend="aot_eager")  # fmt: skip
-    q = torch.randn(1, 2, 32, 8)
-    torch.manual_seed(1)
-    first, second = compiled(q), compiled(q)
-    torch.manual_seed(1)
-    assert torch.equal(compiled(q), first) and not torch.equal(first, second)
-
-
-def test_compile_flash_attn_func():
-    torch._dynamo.reset()
-    compiled = torch.compile(flash_attn.flash_attn_func, fullgraph=True, backend="aot_eager")
-    q = torch.randn(2, 16, 3, 8)
-    torch.testing.assert_close(
-        compiled(q, q, q, causal=True), flash_attn.flash_attn_func(q, q, q, causal=True)
-    )
-
-
-def test_export():
-    class Module(torch.nn.Module):
-        def forward(self, q, k, v):
-            return sdpa(q, k, v, is_causal=True)
-
-    example = tuple(torch.randn(2, 3, 16, 8) for _ in range(3))
-    length = torch.export.Dim("length", min=2, max=512)
-    shapes = tuple({2: length} for _ in range(3))
-    program = torch.export.export(Module(), example, dynamic_shapes=shapes)
-    assert "flash_attn" in str(program.graph)
-    longer = tuple(torch.randn(2, 3, 33, 8) for _ in range(3))
-    torch.testing.assert_close(program.module()(*longer), sdpa(*longer, is_causal=True))
 
 
 def test_autocast():
