@@ -46,6 +46,7 @@ sanitize: python ## memcheck, synccheck and racecheck of the sm90 kernels, in a 
 	for tool in memcheck synccheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 	  compute-sanitizer --tool $$tool --kernel-name kns=flash --error-exitcode 1 \
 	  $(PYTHON) tests/sanitize.py $(CASES) || exit 1; done
+	@echo "flash_attn._C is now the build for sanitizers; 'make build' replaces it"
 
 test-cpp: ## C++ tests of the layers below torch
 	$(PYTHON3) csrc/build_kernels.py tests $(if $(CUDA),--cuda)

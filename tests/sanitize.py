@@ -13,7 +13,7 @@ from inputs import make_inputs
 from numerics import run
 
 
-def main(names: list[str]) -> None:
+def main(names: list[str]) -> int:
     backend, outcomes = Backend("sm90"), Counter()
     for case, dtype in GRID:
         if dtype != "bfloat16" or (names and case.name not in names):
@@ -27,7 +27,8 @@ def main(names: list[str]) -> None:
         except pytest.skip.Exception:
             outcomes["not for sm90"] += 1
     print(dict(outcomes))
+    return 0 if outcomes["ran"] else 1
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -20,8 +20,8 @@ FLASH_HOST_DEVICE constexpr int64_t ceil_div(int64_t x, int64_t step) {
   return (x + step - 1) / step;
 }
 
-/// A kernel may have as much dynamic shared memory as it was told once, on each device: it is told
-/// again only for more, since that costs a launch 1 us of the host's time, and never for less.
+/// A kernel may have as much dynamic shared memory as it was told once, on each device. It is told
+/// again only for more: never for less, which another thread may be about to launch with.
 inline void allow_shared_bytes(const void* kernel, size_t bytes) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, size_t> allowed;

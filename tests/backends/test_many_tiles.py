@@ -52,7 +52,7 @@ FEATURES = {
         "seqlen_k": 4200,
         "causal": "bottom_right",
     },
-    "one_query": {"batch": 30, "heads": 64, "heads_k": 1, "seqlen_q": 1, "seqlen_k": 130},
+    "one_query": {"batch": 10, "heads": 64, "heads_k": 1, "seqlen_q": 1, "seqlen_k": 400},
     "long_causal": {"heads": 4, "seqlen_q": 700, "seqlen_k": 2060, "causal": "bottom_right"},
 }
 RINGS = {  # of sums of dQ, up to head dim 128: more heads than have them at a time

@@ -98,11 +98,12 @@ def test_heads_do_not_matter(backend, inputs_of):
 
 
 @pytest.mark.parametrize("queries", [20, 150])
-def test_grouped_heads_do_not_matter(backend, queries):
-    """A query head has the bits that it has on a key head of its own, whatever is asked of the
-    other heads: huge scores, which some kernels treat apart, infinite ones, none."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_grouped_heads_do_not_matter(backend, dtype, queries):
+    """A query head has the bits that it has on a key head of its own, also beside heads of huge
+    scores, which some kernels treat apart, and of infinite ones."""
     q, k, v = (
-        torch.randn(2, heads, rows, 64, dtype=torch.float32).to(backend.device, torch.bfloat16)
+        torch.randn(2, heads, rows, 64, dtype=torch.float32).to(backend.device, dtype)
         for heads, rows in ((8, queries), (2, 300), (2, 300))
     )
     grouped = run_forward(backend, q, k, v)

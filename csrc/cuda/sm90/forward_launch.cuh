@@ -22,8 +22,8 @@ int shared_heads_log2(const ForwardParams& p) {
 }
 
 /// Sections of 4 MB of K and V gain up to 12 % at 512 tokens and lose beyond 1k; 48 MB gain 2-11 %
-/// from 2k. Tiles are drawn from a counter where they differ in work, tiles cut to runs too; of
-/// those only the general ones, with more work elsewhere, keep a fixed order.
+/// from 2k. Tiles are drawn from a counter where they differ in work and are more than cores, tiles
+/// cut to runs too; of those only the general ones, with more work elsewhere, keep a fixed order.
 template <class Traits>
 ForwardSchedule make_schedule(const ForwardParams& p, void* workspace) {
   ForwardSchedule schedule{};
