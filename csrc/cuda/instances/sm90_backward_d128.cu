@@ -9,8 +9,6 @@ void launch_backward<128, Variant::kPlain>(const BackwardParams& p, void* worksp
   const BackwardPlan plan = make_backward_plan(p);
   if (plan.row == BackwardRow::kSeparate)
     return launch_separate<SeparateTileD128>(p, plan, workspace, stream);
-  if (plan.row == BackwardRow::kD128Short)
-    return launch_backward_tile<128, BackwardTileD128Short>(p, plan, workspace, stream);
   launch_backward_tile<128, BackwardTileD128>(p, plan, workspace, stream);
 }
 

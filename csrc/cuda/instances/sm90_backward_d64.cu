@@ -5,10 +5,7 @@ namespace flash::cuda::sm90 {
 
 template <>
 void launch_backward<64, Variant::kPlain>(const BackwardParams& p, void* workspace, void* stream) {
-  const BackwardPlan plan = make_backward_plan(p);
-  if (plan.row == BackwardRow::kD64Short)
-    return launch_backward_tile<64, BackwardTileD64Short>(p, plan, workspace, stream);
-  launch_backward_tile<64, BackwardTileD64>(p, plan, workspace, stream);
+  launch_backward_tile<64, BackwardTileD64>(p, make_backward_plan(p), workspace, stream);
 }
 
 template <>

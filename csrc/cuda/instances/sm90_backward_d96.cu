@@ -9,7 +9,7 @@ void launch_backward<96, Variant::kPlain>(const BackwardParams& p, void* workspa
   const BackwardPlan plan = make_backward_plan(p);
   if (plan.row == BackwardRow::kSeparate)
     return launch_separate<SeparateTileD96>(p, plan, workspace, stream);
-  launch_backward_tile<96, BackwardTileD128>(p, plan, workspace, stream);
+  launch_backward_tile<96, BackwardTileD96>(p, plan, workspace, stream);
 }
 
 template <>

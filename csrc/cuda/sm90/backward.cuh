@@ -28,7 +28,6 @@ FLASH_DEVICE void init_backward_barriers(typename Traits::SharedStorage& shared)
     ptx::mbarrier_init_for_warps(&shared.q_empty[i], kMmaWarps);
     ptx::mbarrier_init(&shared.dout_full[i], 1);
     ptx::mbarrier_init_for_warps(&shared.dout_empty[i], kMmaWarps);
-    ptx::mbarrier_init_for_warps(&shared.ds_full[i], kMmaWarps);
     ptx::mbarrier_init(&shared.converted_full[i], 1);
     ptx::mbarrier_init(&shared.tile_full[i], 1);
     ptx::mbarrier_init_for_warps(&shared.tile_empty[i], kMmaWarps + 1);  // and the adding one

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // What a warpgroup does with its 64 keys of every tile of the CTA.
 //
-// dQ in the same step:                          dQ under the next step:
-//   S = K Q^T, dP = V dO^T                         S(m), dP(m); P under dP
-//   P under dP, dS, dS to shared memory            dQ(m - 1) = dS(m - 1) K; dS(m) under it
-//   dV += P^T dO                                   dV += P^T dO; dQ(m - 1) leaves under it
-//   all of dS is there: barrier of both            dK += dS^T Q
-//   dQ = dS K, dK += dS^T Q                        no barrier: each waits for the dS(m - 1) of the
-//   dQ leaves under dK                             other, and may be half a step ahead
+//   S = K Q^T, dP = V dO^T
+//   P under dP; dS, to shared memory
+//   dV += P^T dO
+//   all of dS is there: barrier of both
+//   dQ = dS K, dK += dS^T Q
+//   dQ leaves under dK
 //
-// General variant: the first, with P in 16 bits and the features between the products.
+// General variant: with P in 16 bits and the features between the products.
 #pragma once
 
 #include "cuda/sm90/backward_dq.cuh"
@@ -25,7 +24,6 @@ struct BackwardCompute {
   using Shared = typename Traits::SharedStorage;
   static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
   static constexpr int kHeadDim = Traits::kHeadDim;
-  static constexpr bool kNextStep = Traits::kDqOrder == DqOrder::kNextStep;
   static constexpr bool kGeneral = Traits::kGeneral;
 
   const BackwardMaps& maps;
@@ -59,9 +57,6 @@ struct BackwardCompute {
 
   FLASH_DEVICE uint32_t ds_chunk(int stage) const {
     return shared_address(shared.ds[stage]) + warpgroup * kBlockM * 128;
-  }
-  FLASH_DEVICE Ring<2> stage_before() const {
-    return {ring.stage ^ 1, ring.parity ^ (ring.stage == 0)};
   }
 
   /// S^T and dP^T of a block are issued; S^T has arrived and become P^T, in rP if kGeneral.
@@ -134,56 +129,6 @@ struct BackwardCompute {
     ring.advance();
   }
 
-  /// S(m), dP(m), dV(m), dK(m) and, unless kIsFirst, dQ(m - 1).
-  template <bool kIsFirst>
-  FLASH_DEVICE void step_with_previous_dq(int m_block, bool is_masked) {
-    const int stage = ring.stage;
-    const Ring<2> previous = stage_before();
-    float accS[kBlockM / 2], accdP[kBlockM / 2];
-    uint32_t rP[kBlockM / 4];
-    begin_step(accS, accdP, rP, m_block, is_masked);
-    auto finish_scores = [&] {
-      ptx::pin(accdP);
-      scores_gradient_16<Element, kBlockM>(rP, accdP, shared.delta[stage]);
-      to_fragment<Element>(rdS, accdP);
-      put_ds<kBlockM>(ds_chunk(stage), rdS, warp);
-      issue_fragment_by_rows<Element, kHeadDim, kBlockM>(accdV, rP, shared.dout[stage]);
-      ptx::fence_proxy_async();
-    };
-    if constexpr (kIsFirst) {
-      ptx::wgmma_wait<0>();
-      finish_scores();
-      release(&shared.ds_full[stage]);
-    } else {
-      float accdQ[Traits::kDqN / 2];
-      ptx::mbarrier_wait(&shared.ds_full[previous.stage], previous.parity);
-      issue_dq<Traits>(accdQ, shared.ds[previous.stage], shared.k, warpgroup);
-      ptx::wgmma_wait<1>();
-      finish_scores();
-      ptx::wgmma_wait<1>();
-      ptx::pin(accdQ);
-      release(&shared.ds_full[stage]);  // here: dQ(m - 1) no longer reads the buffer of dS(m + 1)
-      put_dq<Traits>(shared, accdQ, warpgroup);
-    }
-    issue_fragment_by_rows<Element, kHeadDim, kBlockM>(accdK, rdS, shared.q[stage]);
-    ptx::wgmma_wait<0>();  // dK in flight over the back-edge would serialise (C7512)
-    ptx::pin(accdV), ptx::pin(rP), ptx::pin(accdK), ptx::pin(rdS);
-    release(&shared.dout_empty[stage]);
-    release(&shared.q_empty[stage]);
-    ring.advance();
-  }
-  FLASH_DEVICE void last_dq(bool is_last_head) {
-    const Ring<2> previous = stage_before();
-    float accdQ[Traits::kDqN / 2];
-    if (is_last_head) release(&shared.v_empty);
-    ptx::mbarrier_wait(&shared.ds_full[previous.stage], previous.parity);
-    issue_dq<Traits>(accdQ, shared.ds[previous.stage], shared.k, warpgroup);
-    ptx::wgmma_wait<0>();
-    ptx::pin(accdQ);
-    if (is_last_head) release(&shared.k_empty);
-    put_dq<Traits>(shared, accdQ, warpgroup);
-  }
-
   /// All blocks of queries of one query head: masked, full, masked. `is_last_head` of those that
   /// use this K and V.
   FLASH_DEVICE void run_head(const BackwardTileId& tile, bool is_last_head) {
@@ -191,25 +136,19 @@ struct BackwardCompute {
     const int full_begin = to_uniform(tile.full.begin);
     int m_block = to_uniform(tile.visit.begin);
     auto next = [&](bool is_masked) {
-      if constexpr (kNextStep) {
-        step_with_previous_dq</*kIsFirst=*/false>(m_block, is_masked);
-      } else {
-        step(m_block, is_masked, is_last_head && m_block + 1 == end);
-      }
+      step(m_block, is_masked, is_last_head && m_block + 1 == end);
       ++m_block;
     };
     if constexpr (kGeneral) {  // one loop: its code is long
 #pragma unroll 1
       while (m_block < end) next(m_block < full_begin || m_block >= full_end);
     } else {
-      if constexpr (kNextStep) step_with_previous_dq</*kIsFirst=*/true>(m_block++, true);
 #pragma unroll 1
       while (m_block < full_begin) next(/*is_masked=*/true);
 #pragma unroll 1
       while (m_block < full_end) next(/*is_masked=*/false);
 #pragma unroll 1
       while (m_block < end) next(/*is_masked=*/true);
-      if constexpr (kNextStep) last_dq(is_last_head);
     }
   }
 

@@ -15,19 +15,14 @@ BackwardRow choose_row(const BackwardParams& p) {
   const int head_dim = backward_head_dim(p);
   if (head_dim > 128) return BackwardRow::kSeparate;
   if (p.variant() == Variant::kGeneral) return BackwardRow::kGeneral;
-  // Measured on one H200. Head dims 96 and 128: S and dP twice cost less than ordered sums of dQ at
-  // full 512 of 128 (+5 %, 1k -8 %; 96 -5 %), causal 512 (+8 %, 1k -3 %), causal groups to 2k (+20
-  // %). Where sums are not ordered: causal 512 -8 % at head dim 128 and 0 at 96, 1k -13 % at 96.
-  const bool is_short =
-      is_causal(p) ? length <= (p.gqa_ratio() > 1 ? 2048 : 512) : length <= 512 && head_dim == 128;
-  if (head_dim > 64 && p.deterministic && is_short) return BackwardRow::kSeparate;
-  if (head_dim == 96) return BackwardRow::kD128;
-  if (!p.deterministic)  // the other rows at 4k to 16k: 0 to -4 %, full 2k at head dim 64 -4 %
-    return head_dim == 64 ? BackwardRow::kD64Short : BackwardRow::kD128Short;
-  // Ordered: the other rows at causal 4k of head dim 64 -6 to -9 %, full 2k -5 %, 4k -1 to -2 %.
-  if (head_dim == 64) return length <= 4096 ? BackwardRow::kD64Short : BackwardRow::kD64;
-  if (is_causal(p)) return length < 8192 ? BackwardRow::kD128Short : BackwardRow::kD128;
-  return length <= 2048 ? BackwardRow::kD128Short : BackwardRow::kD128;
+  // S and dP twice cost less than ordered sums of dQ in short sequences, and in longer ones of
+  // causal groups, whose tiles are few. Two kernels against one, 16k tokens on one H200: full 256
+  // +5 to 14 %, 512 -5 to -13 %; causal 256 +1 to 26 %, 512 of 96 0, of 128 -8 %; causal groups of
+  // 4 of 96 512 +9 %, 1k 0, of 128 512 to 2k +17 %.
+  const bool is_grouped = is_causal(p) && p.gqa_ratio() > 1;
+  const int short_length = !is_grouped ? 256 : head_dim == 128 ? 2048 : 512;
+  if (head_dim > 64 && p.deterministic && length <= short_length) return BackwardRow::kSeparate;
+  return BackwardRow::kFused;
 }
 
 /// Whether the converting warps have time to make lse and delta too: that grows with the blocks of
@@ -77,8 +72,8 @@ BackwardPlan make_backward_plan(const BackwardParams& p) {
   plan.row = choose_row(p);
   plan.prepares_inside = prepares_inside(p, plan.row);
   const bool is_separate = plan.row == BackwardRow::kSeparate;
-  const bool is_d64 = plan.row == BackwardRow::kD64 || plan.row == BackwardRow::kD64Short;
-  const int block_m = is_d64 || is_separate ? 128 : 64, block_n = is_separate ? 64 : 128;
+  const bool is_wide = is_separate || (plan.row == BackwardRow::kFused && head_dim == 64);
+  const int block_m = is_wide ? 128 : 64, block_n = is_separate ? 64 : 128;
   plan.num_m_blocks = (p.q_layout.max + block_m - 1) / block_m;
   plan.num_n_blocks = (p.k_layout.max + block_n - 1) / block_n;
   plan.num_tiles = plan.num_n_blocks * p.num_heads_k * p.batch;

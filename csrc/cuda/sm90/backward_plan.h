@@ -6,9 +6,8 @@
 
 namespace flash::cuda::sm90 {
 
-/// kGeneral: that of the variant. kSeparate: dQ by a kernel of its own, without sums of dQ in
-/// memory.
-enum class BackwardRow { kD64, kD64Short, kD128, kD128Short, kGeneral, kSeparate };
+/// kSeparate: dQ by a kernel of its own, without sums of dQ in memory.
+enum class BackwardRow { kFused, kGeneral, kSeparate };
 
 /// What has been drawn so far; 0 at launch. All work of the fused kernel is drawn, in an order in
 /// which everything waits only for what was drawn before it, and whoever holds two does them in

@@ -7,55 +7,43 @@
 namespace flash::cuda::sm90 {
 
 enum class DqOwner { kBothWarpgroups, kFirst };  // who computes dQ = dS K
-enum class DqOrder { kSameStep, kNextStep };  // when: in the step of its block, or under the next
 
 // Rows of the tile table: kBlockM queries of a step, against kBlockN = 128 keys of the CTA.
 // bf16, 16k tokens, hidden 2048, one H200; docs/hopper.md has what lost.
-struct BackwardTileD64 {  // dQ under the next step: deterministic full from 2k +2-4 %; else -4-0 %
+struct BackwardTileD64 {
   static constexpr int kBlockM = 128;
   static constexpr DqOwner kDqOwner = DqOwner::kBothWarpgroups;
-  static constexpr DqOrder kDqOrder = DqOrder::kNextStep;
 };
-struct BackwardTileD64Short {  // see choose_row in backward_plan.cpp
-  static constexpr int kBlockM = 128;
-  static constexpr DqOwner kDqOwner = DqOwner::kBothWarpgroups;
-  static constexpr DqOrder kDqOrder = DqOrder::kSameStep;
-};
-struct BackwardTileD128 {  // and head dim 96; at 128 deterministic full +2-3 %, else -2-0 %
+struct BackwardTileD96 {  // half of its columns would cut a chunk of 64
   static constexpr int kBlockM = 64;
   static constexpr DqOwner kDqOwner = DqOwner::kFirst;
-  static constexpr DqOrder kDqOrder = DqOrder::kSameStep;
 };
-struct BackwardTileD128Short {
+struct BackwardTileD128 {  // dQ by the first: from 4k -2 to +1 %, below -1 to -11 %
   static constexpr int kBlockM = 64;
   static constexpr DqOwner kDqOwner = DqOwner::kBothWarpgroups;
-  static constexpr DqOrder kDqOrder = DqOrder::kSameStep;
 };
 
 // General variant. kOverlapsDp: P is made under dP; head dim 128 has no registers for it.
 struct BackwardTileD64General {  // 128 queries: within 2 %; dQ by one warpgroup: -30 %
   static constexpr int kBlockM = 64;
   static constexpr DqOwner kDqOwner = DqOwner::kBothWarpgroups;
-  static constexpr DqOrder kDqOrder = DqOrder::kSameStep;
   static constexpr bool kOverlapsDp = true;
 };
 struct BackwardTileD96General {
   static constexpr int kBlockM = 64;
   static constexpr DqOwner kDqOwner = DqOwner::kFirst;
-  static constexpr DqOrder kDqOrder = DqOrder::kSameStep;
   static constexpr bool kOverlapsDp = true;
 };
 struct BackwardTileD128General {
   static constexpr int kBlockM = 64;
   static constexpr DqOwner kDqOwner = DqOwner::kBothWarpgroups;
-  static constexpr DqOrder kDqOrder = DqOrder::kSameStep;
   static constexpr bool kOverlapsDp = false;
 };
 
 template <class Element_, int kHeadDim_, class Tile, Variant kVariant = Variant::kPlain>
 struct BackwardTraits : Tile {
   using Element = Element_;
-  using Tile::kBlockM, Tile::kDqOwner, Tile::kDqOrder;
+  using Tile::kBlockM, Tile::kDqOwner;
   static constexpr bool kGeneral = kVariant == Variant::kGeneral;
   static constexpr int kHeadDim = kHeadDim_, kBlockN = 128, kStages = 2, kThreads = 384;
   static constexpr int kQueryParts = 1, kQuerySlots = kStages;
@@ -71,9 +59,8 @@ struct BackwardTraits : Tile {
   static constexpr int kDqSize = kBlockM * kHeadDim;  // floats of dQ of a block
   // 24 registers spill in the roles of the first warpgroup, never in the loops of the others. For
   // the converting warps 56 instead of 40: causal 512 -6 % of time.
-  static constexpr bool kIsTight = kDqOrder == DqOrder::kNextStep;
   static constexpr bool kIsEven = kGeneral || kDqOwner == DqOwner::kBothWarpgroups;
-  static constexpr int kEvenRegisters = kIsTight ? 240 : kGeneral ? 232 : 224;
+  static constexpr int kEvenRegisters = kGeneral ? 232 : 224;
   static constexpr int kLoadRegisters = kIsEven ? 504 - 2 * kEvenRegisters : 24;
   static constexpr int kFirstRegisters = kIsEven ? kEvenRegisters : 256;
   static constexpr int kSecondRegisters = kIsEven ? kEvenRegisters : 224;
@@ -86,7 +73,7 @@ struct BackwardTraits : Tile {
   static constexpr int kConvertParts = kGeneral ? 2 : 1;  // of a half of dQ of a block
   static constexpr bool kMayPrepare = !kGeneral;          // see BackwardSchedule::prepares_inside
   // dK and dV leave by TMA, from the stage of dS that the next step will write. It has room for
-  // the 64 rows of both at head dim 64.
+  // the 64 rows of both at head dim 64. At 128, partly from where dQ was: the same speed.
   static constexpr bool kStoresFromDs = !kGeneral && kBlockM == 128 && kHeadDim == 64;
   // Of one converting warp, in floats: a part of dQ, or O and dO of half a block of queries.
   static constexpr int kConvertSize =
@@ -94,7 +81,6 @@ struct BackwardTraits : Tile {
   static_assert(kDqSlices * kSliceSize == kDqSize &&
                     (kDqN == kHeadDim || kDqN % 64 == 0 || 64 % kDqN == 0),
                 "the slices of dQ must cover it, and lie within chunks");
-  static_assert(!kGeneral || kDqOrder == DqOrder::kSameStep, "dS has one stage");
 
   struct SharedStorage {
     uint16_t k[kBlockN * kChunks * 64];
@@ -108,7 +94,7 @@ struct BackwardTraits : Tile {
     float lse_log2[kStages][kBlockM], delta[kStages][kBlockM];
     uint64_t k_full, k_empty, v_full, v_empty;
     uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
-    uint64_t ds_full[kStages], converted_full[2];
+    uint64_t converted_full[2];
     uint64_t ds_empty;  // general variant
     uint64_t tile_full[2], tile_empty[2];
     int tile[2];  // index, -1: no more
