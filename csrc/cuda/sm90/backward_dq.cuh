@@ -94,8 +94,8 @@ FLASH_DEVICE void add_dq(const BackwardParams& p, const BackwardSchedule& schedu
     if (tile.visit.begin >= tile.visit.end) continue;
     for (int g = 0; g < p.gqa_ratio(); ++g) {
       const int head = tile.batch * p.num_heads + tile.head_k * p.gqa_ratio() + g;
-      const int dq_slot = head % schedule.dq_slots, generation = head / schedule.dq_slots;
-      const int first = dq_slot * schedule.num_m_blocks;  // of the blocks of the ring
+      const auto [generation, dq_slot] = schedule.dq_slots.divide(head);
+      const int first = dq_slot * schedule.num_m_blocks.value();  // of the blocks of the ring
       if (is_leader) wait_for_slot<Traits>(schedule, head);
       counter.next = first + tile.visit.begin;
       int turns_end = tile.visit.begin;
@@ -145,8 +145,8 @@ FLASH_DEVICE void exchange(uint32_t (&v)[4], int by) {
 /// shared memory. A lane takes 8 columns of two rows: four pieces of 16 bytes, of which eight lanes
 /// read different ones, so that they meet different banks.
 template <class Traits>
-FLASH_DEVICE void round_dq_part(const BackwardParams& p, uint32_t sums, int head_index, int m_block,
-                                int half, int part) {
+FLASH_DEVICE void round_dq_part(const BackwardParams& p, const BackwardSchedule& schedule,
+                                uint32_t sums, int head_index, int m_block, int half, int part) {
   using Element = typename Traits::Element;
   constexpr int kSteps = Traits::kDqSize / 1024 / Traits::kConvertParts;  // of 8 columns
   if (!p.dq.data) return;
@@ -156,8 +156,9 @@ FLASH_DEVICE void round_dq_part(const BackwardParams& p, uint32_t sums, int head
   // Split by columns or not at all: the second half starts at column kHeadDim / 2.
   const int first_column =
       (Traits::kDqSplitsRows ? 0 : half * (Traits::kHeadDim / 2)) + part * kSteps * 8;
-  const Sequence sequence = Sequence::of(p.q_layout, head_index / p.num_heads);
-  auto* dq = static_cast<uint16_t*>(p.dq.data) + p.dq.offset(sequence, head_index % p.num_heads) +
+  const auto [batch, head] = schedule.heads.divide(head_index);
+  const Sequence sequence = Sequence::of(p.q_layout, batch);
+  auto* dq = static_cast<uint16_t*>(p.dq.data) + p.dq.offset(sequence, head) +
              first_row * p.dq.row_stride + first_column;
   const int rows = sequence.length - first_row, columns = p.head_dim - first_column;
   const float scale = static_cast<float>(p.softmax_scale);
@@ -191,11 +192,11 @@ FLASH_DEVICE void open_half(const BackwardMaps& maps, const BackwardParams& p,
                             typename Traits::SharedStorage& shared, int work, int half,
                             int& parity) {
   const int lane = threadIdx.x % 32;
-  const int head_index = work / schedule.num_m_blocks, m_block = work % schedule.num_m_blocks;
-  const int dq_slot = head_index % schedule.dq_slots;
+  const auto [head_index, m_block] = schedule.num_m_blocks.divide(work);
+  const int dq_slot = schedule.dq_slots.remainder(head_index);
   const bool prepares = prepares_inside<Traits>(schedule);
-  if (prepares) fetch_half<Traits>(maps, p, shared, head_index, m_block, half);
-  const int64_t block = int64_t{dq_slot} * schedule.num_m_blocks + m_block;
+  if (prepares) fetch_half<Traits>(maps, p, schedule, shared, head_index, m_block, half);
+  const int64_t block = int64_t{dq_slot} * schedule.num_m_blocks.value() + m_block;
   auto* sums = reinterpret_cast<float4*>(schedule.dq_sums + block * Traits::kDqSize +
                                          half * (Traits::kDqSize / 2));
 #pragma unroll 4
@@ -224,8 +225,9 @@ FLASH_DEVICE void convert_dq(const BackwardMaps& maps, const BackwardParams& p,
                              typename Traits::SharedStorage& shared, int half) {
   constexpr int kSize = Traits::kDqSize / 2, kPartSize = kSize / Traits::kConvertParts;
   const int lane = threadIdx.x % 32, heads = p.batch * p.num_heads;
-  const int blocks = heads * schedule.num_m_blocks;
-  const int ring_blocks = schedule.dq_slots * schedule.num_m_blocks;
+  const int num_m_blocks = schedule.num_m_blocks.value();
+  const int blocks = heads * num_m_blocks;
+  const int ring_blocks = schedule.dq_slots.value() * num_m_blocks;
   int parity = 0;
   if (prepares_inside<Traits>(schedule)) {
 #pragma unroll 1
@@ -236,14 +238,14 @@ FLASH_DEVICE void convert_dq(const BackwardMaps& maps, const BackwardParams& p,
   for (int next = draw(schedule.drawn->converted + half), work;
        (work = warp_uniform(next)) < blocks;) {
     next = draw(schedule.drawn->converted + half);
-    const int head_index = work / schedule.num_m_blocks, m_block = work % schedule.num_m_blocks;
-    const int dq_slot = head_index % schedule.dq_slots;
-    const int64_t block = int64_t{dq_slot} * schedule.num_m_blocks + m_block;
+    const auto [head_index, m_block] = schedule.num_m_blocks.divide(work);
+    const auto [generation, dq_slot] = schedule.dq_slots.divide(head_index);
+    const int64_t block = int64_t{dq_slot} * num_m_blocks + m_block;
     if (lane == 0) {
-      const int batch = head_index / p.num_heads;
+      const int batch = schedule.heads.quotient(head_index);
       const Range adding = adding_blocks<Traits>(p, Sequence::of(p.q_layout, batch),
                                                  Sequence::of(p.k_layout, batch), m_block);
-      const int needed = (head_index / schedule.dq_slots + 1) * (adding.end - adding.begin);
+      const int needed = (generation + 1) * (adding.end - adding.begin);
       while (ptx::load_acquire(schedule.arrivals + block) < needed) __nanosleep(100);
       // Where nobody adds, nothing so far says that the place is this head's: opened for later
       // heads in advance, such a block would be counted in place of another one of this head.
@@ -261,8 +263,8 @@ FLASH_DEVICE void convert_dq(const BackwardMaps& maps, const BackwardParams& p,
       __syncwarp();
       ptx::mbarrier_wait(&shared.converted_full[half], parity);
       parity ^= 1;
-      round_dq_part<Traits>(p, shared_address(shared.converted[half]), head_index, m_block, half,
-                            part);
+      round_dq_part<Traits>(p, schedule, shared_address(shared.converted[half]), head_index,
+                            m_block, half, part);
       __syncwarp();
     }
     if (work + ring_blocks < blocks)

@@ -12,16 +12,19 @@
 
 namespace flash::cuda::sm90 {
 
-inline BackwardSchedule make_backward_schedule(const BackwardPlan& plan, bool deterministic,
+inline BackwardSchedule make_backward_schedule(const BackwardParams& p, const BackwardPlan& plan,
                                                void* workspace) {
   const auto at = [&](int64_t bytes) { return static_cast<void*>((char*)workspace + bytes); };
   BackwardSchedule schedule{};
-  schedule.num_m_blocks = plan.num_m_blocks;
+  schedule.num_m_blocks = Divisor(std::max(plan.num_m_blocks, 1));
+  schedule.heads = Divisor(p.num_heads);
+  schedule.heads_k = Divisor(p.num_heads_k);
+  schedule.order = TileOrder(p.batch * p.num_heads_k, plan.num_n_blocks, plan.section_heads,
+                             plan.last_section_heads);
+  schedule.dq_slots = Divisor(std::max(plan.dq_slots, 1));
   schedule.num_n_blocks = plan.num_n_blocks;
   schedule.num_tiles = plan.num_tiles;
-  schedule.section_heads = plan.section_heads;
-  schedule.dq_slots = plan.dq_slots;
-  schedule.ordered = deterministic;
+  schedule.ordered = p.deterministic;
   schedule.last_first = plan.last_first;
   schedule.prepares_inside = plan.prepares_inside;
   schedule.lse_log2 = static_cast<float*>(workspace);
@@ -51,7 +54,7 @@ BackwardMaps make_backward_maps(const BackwardParams& p) {
 template <class Traits>
 void launch_backward_traits(const BackwardParams& p, const BackwardPlan& plan, void* workspace,
                             void* stream) {
-  const BackwardSchedule schedule = make_backward_schedule(plan, p.deterministic, workspace);
+  const BackwardSchedule schedule = make_backward_schedule(p, plan, workspace);
   BackwardMaps maps = make_backward_maps<Traits>(p);
   if constexpr (Traits::kStoresFromDs) {
     if (p.dk.data) maps.dk = make_tma_tensor(p, p.dk, p.k_layout, p.num_heads_k, p.head_dim, 64);

@@ -71,10 +71,11 @@ FLASH_DEVICE bool prepares_inside(const BackwardSchedule& schedule) {
 /// if they are prepared inside. Else the ring's first heads have theirs from prepare_kernel.
 template <class Traits>
 FLASH_DEVICE void wait_for_slot(const BackwardSchedule& schedule, int head) {
-  const int openings = head / schedule.dq_slots + (prepares_inside<Traits>(schedule) ? 1 : 0);
-  const int needed = openings * 2 * schedule.num_m_blocks;
+  const auto [generation, dq_slot] = schedule.dq_slots.divide(head);
+  const int openings = generation + (prepares_inside<Traits>(schedule) ? 1 : 0);
+  const int needed = openings * 2 * schedule.num_m_blocks.value();
   if (needed == 0) return;
-  while (ptx::load_acquire(schedule.opened + head % schedule.dq_slots) < needed) {
+  while (ptx::load_acquire(schedule.opened + dq_slot) < needed) {
   }
   ptx::fence_proxy_async_global();
 }
@@ -103,7 +104,7 @@ FLASH_DEVICE void load_backward_tiles(const BackwardMaps& maps, const BackwardPa
     for (int g = 0; g < p.gqa_ratio(); ++g) {
       const int head = tile.head_k * p.gqa_ratio() + g;
       const int head_index = tile.batch * p.num_heads + head;
-      const int64_t rows = int64_t{head_index} * schedule.num_m_blocks * kBlockM;
+      const int64_t rows = int64_t{head_index} * schedule.num_m_blocks.value() * kBlockM;
       if (prepares_inside<Traits>(schedule)) wait_for_slot<Traits>(schedule, head_index);
       if (reloads_keys<Traits>(p)) is_first = true;
 #pragma unroll 1

@@ -20,7 +20,9 @@ struct DrawnWork {
 
 struct BackwardPlan {
   BackwardRow row;
-  int num_m_blocks, num_n_blocks, num_tiles, section_heads, dq_slots;
+  int num_m_blocks, num_n_blocks, num_tiles, dq_slots;
+  int section_heads, last_section_heads;  ///< key heads, see TileOrder
+  int last_query_heads;                   ///< the same of queries_kernel, whose sections are heads
   bool last_first;
   bool prepares_inside;                       ///< no kernel before the main one
   int rows;                                   ///< of lse and delta of a head

@@ -60,12 +60,14 @@ FLASH_DEVICE void put_row(const BackwardSchedule& schedule, const RowInputs& inp
 /// O and dO of half a block of queries, to the memory of a converting warp.
 template <class Traits>
 FLASH_DEVICE void fetch_half(const BackwardMaps& maps, const BackwardParams& p,
+                             const BackwardSchedule& schedule,
                              typename Traits::SharedStorage& shared, int head_index, int m_block,
                              int half) {
   constexpr int kRows = Traits::kBlockM / 2, kElements = kRows * Traits::kChunks * 64;
   if (threadIdx.x % 32 != 0) return;
-  const Sequence rows = Sequence::of(p.q_layout, head_index / p.num_heads);
-  const int row = m_block * Traits::kBlockM + half * kRows, head = head_index % p.num_heads;
+  const auto [batch, head] = schedule.heads.divide(head_index);
+  const Sequence rows = Sequence::of(p.q_layout, batch);
+  const int row = m_block * Traits::kBlockM + half * kRows;
   const auto* tile = reinterpret_cast<const uint16_t*>(shared.converted[half]);
   uint64_t* full = &shared.converted_full[half];
   ptx::mbarrier_expect_bytes(full, 2 * kElements * 2);
@@ -81,8 +83,8 @@ FLASH_DEVICE void prepare_half(const BackwardParams& p, const BackwardSchedule& 
                                int m_block, int half) {
   constexpr int kRows = Traits::kBlockM / 2, kElements = kRows * Traits::kChunks * 64;
   const int lane = threadIdx.x % 32;
-  const RowInputs inputs(p, Sequence::of(p.q_layout, head_index / p.num_heads),
-                         head_index % p.num_heads);
+  const auto [batch, head] = schedule.heads.divide(head_index);
+  const RowInputs inputs(p, Sequence::of(p.q_layout, batch), head);
   const uint32_t place = shared_address(shared.converted[half]) + lane * 16;
   const int first = m_block * Traits::kBlockM + half * kRows + lane % 8 * 4 + lane / 8;
 #pragma unroll 1
@@ -104,8 +106,8 @@ FLASH_DEVICE void prepare_half(const BackwardParams& p, const BackwardSchedule& 
     }
     const int query = first + j * 32;
     put_row<Traits>(schedule, inputs,
-                    int64_t{head_index} * schedule.num_m_blocks * Traits::kBlockM + query, query,
-                    inputs.lse_of(query), mine);
+                    int64_t{head_index} * schedule.num_m_blocks.value() * Traits::kBlockM + query,
+                    query, inputs.lse_of(query), mine);
   }
 }
 
@@ -116,14 +118,13 @@ __global__ void __launch_bounds__(256)
     prepare_kernel(const __grid_constant__ BackwardParams p,
                    const __grid_constant__ BackwardSchedule schedule) {
   constexpr int kBlockM = Traits::kBlockM;
-  constexpr int kLanes = std::bit_ceil(unsigned(Traits::kChunksV) * 8);  // of 8 columns
-  const int m_block = blockIdx.x % schedule.num_m_blocks;
-  const int head = blockIdx.x / schedule.num_m_blocks;  // of the whole batch
+  constexpr int kLanes = std::bit_ceil(unsigned(Traits::kChunksV) * 8);   // of 8 columns
+  const auto [head, m_block] = schedule.num_m_blocks.divide(blockIdx.x);  // of the whole batch
   const int64_t block = blockIdx.x;
   ptx::launch_next_grid();  // which may set itself up
   if (block == 0 && threadIdx.x == 0) *schedule.drawn = {};
   if constexpr (Traits::kSumsDq) {
-    if (head < schedule.dq_slots) {
+    if (head < schedule.dq_slots.value()) {
       auto* sums = reinterpret_cast<float4*>(schedule.dq_sums + block * Traits::kDqSize);
       for (int i = threadIdx.x; i < Traits::kDqSize / 4; i += blockDim.x) sums[i] = float4{};
       if (threadIdx.x == 0) {
@@ -132,8 +133,9 @@ __global__ void __launch_bounds__(256)
       }
     }
   }
-  const Sequence rows = Sequence::of(p.q_layout, head / p.num_heads);
-  const int h = head % p.num_heads, lane = threadIdx.x % kLanes;
+  const auto [batch, h] = schedule.heads.divide(head);
+  const Sequence rows = Sequence::of(p.q_layout, batch);
+  const int lane = threadIdx.x % kLanes;
   const auto* out = static_cast<const uint16_t*>(p.out.data) + p.out.offset(rows, h);
   const auto* dout = static_cast<const uint16_t*>(p.dout.data) + p.dout.offset(rows, h);
   const RowInputs inputs(p, rows, h);

@@ -14,10 +14,11 @@ void launch_separate_element(const BackwardParams& p, const BackwardPlan& plan, 
                              void* stream) {
   using Keys = KeysTraits<Element, Tile, kVariant>;
   using Queries = QueriesTraits<Element, Tile, kVariant>;
-  BackwardSchedule schedule = make_backward_schedule(plan, /*deterministic=*/false, workspace);
+  BackwardSchedule schedule = make_backward_schedule(p, plan, workspace);
   const int heads = p.batch * p.num_heads;
-  schedule.num_m_blocks = plan.num_m_blocks * (Queries::kBlockM / Keys::kBlockM);
-  launch(prepare_kernel<Keys>, int64_t{heads} * schedule.num_m_blocks, 256, 0, stream, p, schedule);
+  schedule.num_m_blocks = Divisor(plan.num_m_blocks * (Queries::kBlockM / Keys::kBlockM));
+  launch(prepare_kernel<Keys>, int64_t{heads} * schedule.num_m_blocks.value(), 256, 0, stream, p,
+         schedule);
   const int sms = num_multiprocessors();
   const bool wants_keys = plan.num_tiles > 0 && (p.dk.data || p.dv.data);
   if (wants_keys)
@@ -25,8 +26,9 @@ void launch_separate_element(const BackwardParams& p, const BackwardPlan& plan, 
                  sizeof(typename Keys::SharedStorage), stream, make_backward_maps<Keys>(p), p,
                  schedule);
   if (!p.dq.data && !(Queries::kGeneral && writes_bias_gradient(p))) return;
-  schedule.num_m_blocks = plan.num_m_blocks;
+  schedule.num_m_blocks = Divisor(plan.num_m_blocks);
   schedule.num_tiles = heads * plan.num_m_blocks;
+  schedule.order = TileOrder(heads, plan.num_m_blocks, 1, plan.last_query_heads);
   const BackwardMaps maps = make_backward_maps<Queries>(p);
   const int ctas = std::min(schedule.num_tiles, sms);
   constexpr size_t kSharedBytes = sizeof(typename Queries::SharedStorage);

@@ -24,11 +24,13 @@ struct QueryTileId {
 
 /// The last block of queries of a head first: if causal, it sees the most keys.
 template <class Traits>
-FLASH_DEVICE QueryTileId query_tile(const BackwardParams& p, int num_m_blocks, int index) {
-  const int head = index / num_m_blocks, m_block = num_m_blocks - 1 - index % num_m_blocks;
-  const int batch = head / p.num_heads;
+FLASH_DEVICE QueryTileId query_tile(const BackwardParams& p, const BackwardSchedule& schedule,
+                                    int index) {
+  const HeadBlock at = schedule.order.at(index);
+  const int m_block = schedule.num_m_blocks.value() - 1 - at.block;
+  const auto [batch, head] = schedule.heads.divide(at.head);
   const Sequence q = Sequence::of(p.q_layout, batch), k = Sequence::of(p.k_layout, batch);
-  return {m_block, head % p.num_heads, batch, q, k, adding_blocks<Traits>(p, q, k, m_block)};
+  return {m_block, head, batch, q, k, adding_blocks<Traits>(p, q, k, m_block)};
 }
 
 /// One thread. The first K of a tile is loaded while the tile before still uses Q.
@@ -45,10 +47,11 @@ FLASH_DEVICE void load_query_tiles(const BackwardMaps& maps, const BackwardParam
   int q_parity = 1;
   for (int index = blockIdx.x; publish_tile(shared, slot, index, schedule.num_tiles);
        index = gridDim.x + atomicAdd(&schedule.drawn->query_tiles, 1)) {
-    const QueryTileId tile = query_tile<Traits>(p, schedule.num_m_blocks, index);
+    const QueryTileId tile = query_tile<Traits>(p, schedule, index);
     const int head_k = tile.head / p.gqa_ratio(), row = tile.m_block * kBlockM;
     const int64_t first_row =
-        (int64_t{tile.batch} * p.num_heads + tile.head) * schedule.num_m_blocks * kBlockM + row;
+        (int64_t{tile.batch} * p.num_heads + tile.head) * schedule.num_m_blocks.value() * kBlockM +
+        row;
 #pragma unroll 1
     for (int n_block = tile.visit.begin; n_block < tile.visit.end; ++n_block) {
       const bool is_first = n_block == tile.visit.begin;
@@ -95,7 +98,7 @@ FLASH_DEVICE void clean_key_blocks(const BackwardParams& p, const BackwardSchedu
   Ring<2> slot;
   const int lane = threadIdx.x % 32;
   for (int index; (index = next_tile(shared, slot)) >= 0;) {
-    const QueryTileId tile = query_tile<Traits>(p, schedule.num_m_blocks, index);
+    const QueryTileId tile = query_tile<Traits>(p, schedule, index);
     const AttendedKeys<typename Traits::Element, Variant::kGeneral> attended{p.features.score_mod,
                                                                              tile.batch, tile.head};
     for (int n_block = tile.visit.begin; n_block < tile.visit.end; ++n_block, keys.advance()) {
@@ -282,7 +285,7 @@ struct QueriesCompute {
   FLASH_DEVICE void run() {
     Ring<2> slot;
     for (int index; (index = next_tile(shared, slot)) >= 0;) {
-      const QueryTileId tile = query_tile<Traits>(p, schedule.num_m_blocks, index);
+      const QueryTileId tile = query_tile<Traits>(p, schedule, index);
       row = tile.m_block * kBlockM + warpgroup * 64 + warp * 16 + lane / 4;
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) accdQ[i] = 0.f;

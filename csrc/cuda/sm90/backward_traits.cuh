@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/sm90/backward_plan.h"
+#include "cuda/sm90/tile_order.h"
 #include "cuda/sm90/traits.cuh"
 
 namespace flash::cuda::sm90 {
@@ -112,9 +113,10 @@ enum class NamedBarrier : int {
 
 /// The workspace, and how the tiles are numbered.
 struct BackwardSchedule {
-  int num_m_blocks, num_n_blocks, num_tiles;
-  int section_heads;     ///< key heads of a section: see backward_tile
-  int dq_slots;          ///< heads in dq_sums: a ring that stays in L2
+  Divisor num_m_blocks, heads, heads_k;  ///< of a sequence; of a batch entry
+  int num_n_blocks, num_tiles;
+  TileOrder order;       ///< key blocks of key heads; in queries_kernel query blocks of heads
+  Divisor dq_slots;      ///< heads in dq_sums: a ring that stays in L2
   bool ordered;          ///< deterministic: key blocks add to dQ in turn
   bool last_first;       ///< ordered, the last key bounded: the last key block of a section first
   bool prepares_inside;  ///< lse and delta by the converting warps, not by prepare_kernel
@@ -144,24 +146,16 @@ struct BackwardTileId {
 template <class Traits>
 FLASH_DEVICE BackwardTileId backward_tile(const BackwardParams& p, const BackwardSchedule& schedule,
                                           int index) {
-  const int section_tiles = schedule.section_heads * schedule.num_n_blocks;
-  const int first_head = index / section_tiles * schedule.section_heads;
-  const int within = index % section_tiles;
-  const int width = min(schedule.section_heads, p.batch * p.num_heads_k - first_head);
-  int head = first_head, n_block = within;
-  if (width > 1) {  // a division less for sections of one head
-    n_block = within / width;
-    head += within - n_block * width;
-  }
-  if (schedule.last_first) n_block = schedule.num_n_blocks - 1 - n_block;
-  const int batch = head / p.num_heads_k;
+  const HeadBlock at = schedule.order.at(index);
+  const int n_block = schedule.last_first ? schedule.num_n_blocks - 1 - at.block : at.block;
+  const auto [batch, head_k] = schedule.heads_k.divide(at.head);
   const Sequence q = Sequence::of(p.q_layout, batch), k = Sequence::of(p.k_layout, batch);
   BlockRanges blocks{};
   if (n_block * Traits::kBlockN < k.length)  // else other sequences are longer
     blocks = p.mask_of(q, k).query_blocks<Traits::kBlockM, Traits::kBlockN>(n_block);
   if ((n_block + 1) * Traits::kBlockN > k.length)  // keys beyond the end keep nothing
     blocks.full = {blocks.visit.end, blocks.visit.end};
-  return {n_block, head % p.num_heads_k, batch, q, k, blocks.visit, blocks.full};
+  return {n_block, head_k, batch, q, k, blocks.visit, blocks.full};
 }
 
 /// Key blocks that add to dQ of a block of queries. Exactly those whose tiles visit it, unless the

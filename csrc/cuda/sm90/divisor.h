@@ -7,6 +7,10 @@
 
 namespace flash::cuda::sm90 {
 
+struct Division {
+  int quotient, remainder;
+};
+
 /// Division by a number that the host knows. One thread says what a CTA does next, and the tiles of
 /// short sequences wait for it: four divisions of 35 instructions each were 2 % of their time.
 ///
@@ -25,6 +29,10 @@ class Divisor {
     return int((high + uint32_t(n)) >> shift_);
   }
   FLASH_HOST_DEVICE int remainder(int n) const { return n - quotient(n) * int(d_); }
+  FLASH_HOST_DEVICE Division divide(int n) const {
+    const int q = quotient(n);
+    return {q, n - q * int(d_)};
+  }
 
  private:
   uint32_t d_ = 1, multiplier_ = 1, shift_ = 0;
