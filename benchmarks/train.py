@@ -4,8 +4,9 @@
 Forward, backward and AdamW in bf16 autocast, 16k tokens a step, on real text. Standard attention
 (torch.softmax), torch's default scaled_dot_product_attention and ours (flash_attn_qkvpacked_func:
 the gradient of the projection is one tensor) start from the same weights and read the same batches;
-their steps take turns in a new random order each round. Tokens per second are medians over the
-steps after the first two; memory is the peak of a step beyond what was allocated before it; "does
+their steps take turns in a new random order each round. The learning rate rises over the first ten
+steps: without that, steps of Adam that are as large for noise as for a gradient part the losses of
+equally exact gradients. Tokens per second are medians over the steps after the first two; memory is the peak of a step beyond what was allocated before it; "does
 not fit" is an out-of-memory error.
 """
 
@@ -36,6 +37,7 @@ MODELS = {
     "1.3B, 4 layers": {"layers": 4, "width": 2048, "heads": 16},
 }
 WARM_UP = 2
+LEARNING_RATE, RISING_STEPS = 3e-4, 10
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Contender:
     peak_bytes: int = 0
 
     def step(self, tokens: torch.Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1, (len(self.losses) + 1) / RISING_STEPS)
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
@@ -80,7 +84,7 @@ def contenders(config: Config, seed: int) -> list[Contender]:
     for name, attend in ATTENTION.items():
         model = copy.deepcopy(first)
         model.set_attention(attend)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
         made.append(Contender(name, model, optimizer))
     return made
 
