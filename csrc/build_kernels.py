@@ -118,7 +118,8 @@ def _add_cuda(plan: Plan, toolkit: Toolkit) -> None:
 
 def _add_tests(plan: Plan) -> None:
     """tests/csrc/X/*_test.cpp are programs, linked to the objects of backend X. A test named
-    *_isa_test.cpp is compiled once per instruction set and number type and links to nothing."""
+    *_isa_test.cpp is compiled once per instruction set and number type and links to nothing; one
+    named *_host_test.cpp uses nothing of the CUDA Toolkit."""
     base = f"{CXX_FLAGS} -Itests/csrc -pthread"
     archives = (
         {"cpu": plan.add(BUILD / "cpu.a", "ar", plan.cpu_objects)} if plan.cpu_objects else {}
@@ -139,7 +140,8 @@ def _add_tests(plan: Plan) -> None:
                         )
                     )
             continue
-        if layer == "cuda" and plan.toolkit is None:
+        needs_toolkit = layer == "cuda" and not source.name.endswith("_host_test.cpp")
+        if needs_toolkit and plan.toolkit is None:
             print(f"skipped, needs --cuda and a GPU: {source.relative_to(ROOT)}")
             continue
         flags, libraries = base, ""
