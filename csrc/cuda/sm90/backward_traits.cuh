@@ -136,9 +136,8 @@ struct BackwardTileId {
   Range visit, full;  ///< blocks of queries: all, and those without a masked pair
 };
 
-/// Tiles are numbered in the order in which they start: section by section of heads, and in a
-/// section one key block of all its heads before the next. So neighbouring key blocks of a head
-/// start some steps apart, and ordered additions find their turn come.
+/// Tiles start in the order of their numbers (TileOrder). In a section of many heads neighbouring
+/// key blocks of a head start some steps apart, and ordered additions find their turn come.
 ///
 /// Nothing waits for a tile that starts later, so all end: an ordered addition waits for key blocks
 /// of its head that are numbered before it; a slot of dq_slots >= the query heads of a section was
