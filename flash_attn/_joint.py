@@ -32,12 +32,11 @@ def attention(
     return _transforms.attention(q, k, v, rng_state_drawn=rng_state_drawn, **options)
 
 
-def parts(name: str, joint: Tensor, count: int, dims: int) -> tuple[Tensor, ...]:
-    """The parts of qkv or kv, each as `flash_attn_func` or `flash_attn_varlen_func` takes it."""
+def check(name: str, joint: Tensor, count: int, dims: int) -> None:
+    """That joint has `dims` dimensions, the third last of `count`."""
     if joint.dim() != dims or joint.shape[dims - 3] != count:
         layout = "batch, seqlen" if dims == 5 else "total"
         raise RuntimeError(
             f"flash_attn: expected {name} ({layout}, {count}, heads, head_dim), "
             f"got {tuple(joint.shape)}"
         )
-    return joint.unbind(dims - 3)

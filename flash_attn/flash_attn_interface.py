@@ -79,8 +79,9 @@ def flash_attn_func(
     def call(**options: Any) -> tuple[Tensor, Tensor]:
         return _transforms.attention(*(t.transpose(1, 2) for t in (q, k, v)), **options)
 
+    _check_tensors(q, k, v, 4)
     return _dense(
-        call, q, k, v,
+        call, lambda: (q, k), (q, k, v),
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
     )  # fmt: skip
@@ -107,10 +108,9 @@ def flash_attn_qkvpacked_func(
 
     The rest, returned values and errors as in `flash_attn_func`.
     """
-    q, k, v = _joint.parts("qkv", qkv, 3, 5)
-    call = partial(_joint.attention, None, qkv)
+    _joint.check("qkv", qkv, 3, 5)
     return _dense(
-        call, q, k, v,
+        partial(_joint.attention, None, qkv), lambda: qkv.unbind(2)[:2], (qkv,),
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
     )  # fmt: skip
@@ -132,13 +132,15 @@ def flash_attn_kvpacked_func(
 
     The rest, returned values and errors as in `flash_attn_func`.
     """
-    k, v = _joint.parts("kv", kv, 2, 5)
+    _joint.check("kv", kv, 2, 5)
+    k, v = kv.unbind(2)
+    _check_tensors(q, k, v, 4)
 
     def call(**options: Any) -> tuple[Tensor, Tensor]:
         return _joint.attention(q.transpose(1, 2), kv, **options)
 
     return _dense(
-        call, q, k, v,
+        call, lambda: (q, k), (q, kv),
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
     )  # fmt: skip
@@ -187,9 +189,10 @@ def flash_attn_varlen_func(
             "flash_attn: flash_attn_varlen_func does not support paged keys; expected "
             "block_table=None"
         )
-    call = partial(_transforms.attention, q, k, v)
+    _check_tensors(q, k, v, 3)
     return _varlen(
-        call, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        partial(_transforms.attention, q, k, v), lambda: (q, k), (q, k, v),
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
     )  # fmt: skip
@@ -212,10 +215,10 @@ def flash_attn_varlen_qkvpacked_func(
 
     The same sequences for queries and keys, cu_seqlens (b + 1,), none longer than max_seqlen.
     """
-    q, k, v = _joint.parts("qkv", qkv, 3, 4)
-    call = partial(_joint.attention, None, qkv)
+    _joint.check("qkv", qkv, 3, 4)
     return _varlen(
-        call, q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        partial(_joint.attention, None, qkv), lambda: qkv.unbind(1)[:2], (qkv,),
+        cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
     )  # fmt: skip
@@ -238,10 +241,12 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_varlen_func` of q (Tq, h, d) over k and v in one tensor, kv (Tk, 2, hk, d)."""
-    k, v = _joint.parts("kv", kv, 2, 4)
-    call = partial(_joint.attention, q, kv)
+    _joint.check("kv", kv, 2, 4)
+    k, v = kv.unbind(1)
+    _check_tensors(q, k, v, 3)
     return _varlen(
-        call, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        partial(_joint.attention, q, kv), lambda: (q, k), (q, kv),
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
     )  # fmt: skip
@@ -252,9 +257,8 @@ Attend = Callable[..., tuple[Tensor, Tensor]]  # the options -> (out, lse), as t
 
 def _dense(
     call: Attend,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    queries_and_keys: Callable[[], Sequence[Tensor]],
+    tensors: tuple[Tensor, ...],
     dropout_p: float,
     softmax_scale: float | None,
     causal: bool,
@@ -264,23 +268,25 @@ def _dense(
     deterministic: bool,
     return_attn_probs: bool,
 ) -> Result:
-    _check_tensors(q, k, v, 4)
+    """`tensors`: those of the call; the first is (batch, ..., heads of q, head_dim). Views are made
+    only for who asks for them: each costs about a microsecond, more where autograd records."""
     options, drawn = _options(
-        q, k, v, q.shape[0], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
-    )
+        tensors, tensors[0].shape[0], dropout_p, softmax_scale, causal, window_size, softcap,
+        alibi_slopes,
+    )  # fmt: skip
     out, lse = call(rng_state_drawn=drawn, deterministic=_deterministic(deterministic), **options)
     out = out.transpose(1, 2)
     if not return_attn_probs:
         return out
     with torch.no_grad():
-        return out, lse, _dropout_probabilities.dense(q.transpose(1, 2), k.transpose(1, 2), options)
+        q, k = (t.transpose(1, 2) for t in queries_and_keys())
+        return out, lse, _dropout_probabilities.dense(q, k, options)
 
 
 def _varlen(
     call: Attend,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    queries_and_keys: Callable[[], Sequence[Tensor]],
+    tensors: tuple[Tensor, ...],
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen_q: int | Tensor,
@@ -294,12 +300,13 @@ def _varlen(
     deterministic: bool,
     return_attn_probs: bool,
 ) -> Result:
-    _check_tensors(q, k, v, 3)
-    max_q, max_k = _length(max_seqlen_q, q.shape[0]), _length(max_seqlen_k, k.shape[0])
-    batch = cu_seqlens_q.shape[0] - 1
+    """`tensors`: those of the call, (tokens, ..., heads, head_dim); q's first, k's last."""
+    max_q = _length(max_seqlen_q, tensors[0].shape[0])
+    max_k = _length(max_seqlen_k, tensors[-1].shape[0])
     options, drawn = _options(
-        q, k, v, batch, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes
-    )
+        tensors, cu_seqlens_q.shape[0] - 1, dropout_p, softmax_scale, causal, window_size, softcap,
+        alibi_slopes,
+    )  # fmt: skip
     out, lse = call(
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_q,
         max_seqlen_k=max_k, rng_state_drawn=drawn, deterministic=_deterministic(deterministic),
@@ -308,6 +315,7 @@ def _varlen(
     if not return_attn_probs:
         return out
     with torch.no_grad():
+        q, k = queries_and_keys()
         probabilities = _dropout_probabilities.packed(
             q, k, cu_seqlens_q, cu_seqlens_k, max_q, max_k, options
         )
@@ -338,9 +346,7 @@ def _deterministic(asked: bool) -> bool:
 
 
 def _options(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    tensors: tuple[Tensor, ...],
     batch: int,
     dropout_p: float,
     softmax_scale: float | None,
@@ -355,12 +361,13 @@ def _options(
             f"flash_attn: expected window_size of two numbers (left, right), got {window_size!r}"
         )
     left, right = (int(w) for w in window_size)
+    heads, head_dim = tensors[0].shape[-2:]
     if softmax_scale is None:
-        softmax_scale = 1 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
+        softmax_scale = 1 / math.sqrt(head_dim) if head_dim else 1.0
     drawn = dropout_p > 0
     options = {
         "alibi_slopes": alibi_slopes,
-        "rng_state": _transforms.draw_rng_state(batch * q.shape[-2], q, k, v) if drawn else None,
+        "rng_state": _transforms.draw_rng_state(batch * heads, *tensors) if drawn else None,
         "bottom_right": True,
         "window_left": left if left >= 0 else None,
         "window_right": 0 if causal else right if right >= 0 else None,
