@@ -5,7 +5,7 @@ Forward, backward and AdamW in bf16 autocast, 16k tokens a step, on real text. S
 (torch.softmax), torch's default scaled_dot_product_attention and ours (flash_attn_qkvpacked_func:
 the gradient of the projection is one tensor) start from the same weights and read the same batches.
 They take turns of sixteen steps, in a new random order each round. The last eight of a turn are
-timed, together: by then the clock is what the power of these steps leaves, as in training. The
+timed, together, at a clock that follows their own power more than that of the turn before. The
 learning rate rises over the first ten steps; without that, steps of Adam that are as large for
 noise as for a gradient part the losses of equally exact gradients. Tokens per second are medians
 over the turns after the first; memory is the peak of a turn beyond what was allocated before it;

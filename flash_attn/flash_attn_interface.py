@@ -79,7 +79,8 @@ def flash_attn_func(
     def call(**options: Any) -> tuple[Tensor, Tensor]:
         return _transforms.attention(*(t.transpose(1, 2) for t in (q, k, v)), **options)
 
-    _check_tensors(q, k, v, 4)
+    _check_dims(4, ("q", q), ("k", k), ("v", v))
+    _check_types(q, k, v)
     return _dense(
         call, lambda: (q, k), (q, k, v),
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
@@ -133,14 +134,14 @@ def flash_attn_kvpacked_func(
     The rest, returned values and errors as in `flash_attn_func`.
     """
     _joint.check("kv", kv, 2, 5)
-    k, v = kv.unbind(2)
-    _check_tensors(q, k, v, 4)
+    _check_dims(4, ("q", q))
+    _check_types(q, kv, kv)
 
     def call(**options: Any) -> tuple[Tensor, Tensor]:
         return _joint.attention(q.transpose(1, 2), kv, **options)
 
     return _dense(
-        call, lambda: (q, k), (q, kv),
+        call, lambda: (q, kv.select(2, 0)), (q, kv),
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
     )  # fmt: skip
@@ -189,7 +190,8 @@ def flash_attn_varlen_func(
             "flash_attn: flash_attn_varlen_func does not support paged keys; expected "
             "block_table=None"
         )
-    _check_tensors(q, k, v, 3)
+    _check_dims(3, ("q", q), ("k", k), ("v", v))
+    _check_types(q, k, v)
     return _varlen(
         partial(_transforms.attention, q, k, v), lambda: (q, k), (q, k, v),
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
@@ -242,10 +244,10 @@ def flash_attn_varlen_kvpacked_func(
 ) -> Result:
     """`flash_attn_varlen_func` of q (Tq, h, d) over k and v in one tensor, kv (Tk, 2, hk, d)."""
     _joint.check("kv", kv, 2, 4)
-    k, v = kv.unbind(1)
-    _check_tensors(q, k, v, 3)
+    _check_dims(3, ("q", q))
+    _check_types(q, kv, kv)
     return _varlen(
-        partial(_joint.attention, q, kv), lambda: (q, k), (q, kv),
+        partial(_joint.attention, q, kv), lambda: (q, kv.select(1, 0)), (q, kv),
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
@@ -322,11 +324,15 @@ def _varlen(
     return out, lse, probabilities
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:
+def _check_dims(dims: int, *tensors: tuple[str, Tensor]) -> None:
     layout = "(batch, seqlen, heads, head_dim)" if dims == 4 else "(total, heads, head_dim)"
-    for name, t in (("q", q), ("k", k), ("v", v)):
+    for name, t in tensors:
         if t.dim() != dims:
             raise RuntimeError(f"flash_attn: expected {name} {layout}, got {tuple(t.shape)}")
+
+
+def _check_types(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Dtypes and heads; k and v may be one tensor of both."""
     if not _autocasting(q):
         if q.dtype != k.dtype:
             raise RuntimeError("query and key must have the same dtype")

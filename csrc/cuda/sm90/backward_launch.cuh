@@ -16,12 +16,12 @@ inline BackwardSchedule make_backward_schedule(const BackwardParams& p, const Ba
                                                void* workspace) {
   const auto at = [&](int64_t bytes) { return static_cast<void*>((char*)workspace + bytes); };
   BackwardSchedule schedule{};
-  schedule.num_m_blocks = Divisor(std::max(plan.num_m_blocks, 1));
+  schedule.num_m_blocks = Divisor(plan.num_m_blocks);
   schedule.heads = Divisor(p.num_heads);
   schedule.heads_k = Divisor(p.num_heads_k);
   schedule.order = TileOrder(p.batch * p.num_heads_k, plan.num_n_blocks, plan.section_heads,
                              plan.last_section_heads);
-  schedule.dq_slots = Divisor(std::max(plan.dq_slots, 1));
+  schedule.dq_slots = Divisor(std::max(plan.dq_slots, 1));  // none where nothing is summed
   schedule.num_n_blocks = plan.num_n_blocks;
   schedule.num_tiles = plan.num_tiles;
   schedule.ordered = p.deterministic;

@@ -63,10 +63,11 @@ int section_heads(const BackwardParams& p, BackwardRow row, int num_n_blocks) {
   return std::max((heads + sections - 1) / sections, 1);
 }
 
-/// Heads of the last section, if those before have one head: causal, as many as have about one tile
-/// of `blocks` for every SM. Head by head the heavy tiles of the last one end alone. By a model of
-/// that +4 to 6 % at head dim 128, +2 to 3 % at 64; measured 128 1k to 8k +3 to 6 %, 16k +1 %; 64
-/// +2 to 3 %, 16k 0; 256 +1 to 4 %, 16k 0; 512 -2 to +3 %. Twice and four times as many: the same.
+/// Heads of the last section, if those before have one head and its heavy tiles come first: causal,
+/// as many as have about one tile of `blocks` for every SM. Head by head the heavy tiles of the
+/// last one end alone. By a model of that +4 to 6 % at head dim 128, +2 to 3 % at 64; measured 128
+/// 1k to 8k +3 to 6 %, 16k +1 %; 64 +2 to 3 %, 16k 0; 256 +1 to 4 %, 16k 0; 512 -2 to +3 %. Twice
+/// and four times as many: the same.
 int ending_heads(const BackwardParams& p, int heads, int blocks) {
   if (!is_causal(p) || heads == 0 || blocks == 0) return 1;
   return std::clamp(int(std::lround(double(num_multiprocessors()) / blocks)), 1, heads);
@@ -89,11 +90,11 @@ BackwardPlan make_backward_plan(const BackwardParams& p) {
   const int heads = p.batch * p.num_heads, heads_k = p.batch * p.num_heads_k;
   plan.section_heads = section_heads(p, plan.row, plan.num_n_blocks);
   const int rest = heads_k % plan.section_heads;
-  plan.last_section_heads = plan.section_heads == 1 ? ending_heads(p, heads_k, plan.num_n_blocks)
-                            : rest > 0              ? rest
-                                                    : plan.section_heads;
-  plan.last_query_heads = ending_heads(p, heads, plan.num_m_blocks);
+  plan.last_section_heads = rest > 0 ? rest : plan.section_heads;
   plan.last_first = p.deterministic && is_bounded(p.mask.window_right) && !is_separate;
+  if (plan.section_heads == 1 && !plan.last_first)
+    plan.last_section_heads = ending_heads(p, heads_k, plan.num_n_blocks);
+  plan.last_query_heads = ending_heads(p, heads, plan.num_m_blocks);
   if (!is_separate) {
     // Heads in work at a time (the longest tile of a causal head is twice the mean one), and as
     // many being converted. With half of that, tiles wait: 445 instead of 528 at causal 4k.
