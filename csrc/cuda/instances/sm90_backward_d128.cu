@@ -7,8 +7,7 @@ namespace flash::cuda::sm90 {
 template <>
 void launch_backward<128, Variant::kPlain>(const BackwardParams& p, void* workspace, void* stream) {
   const BackwardPlan plan = make_backward_plan(p);
-  if (plan.row == BackwardRow::kSeparate)
-    return launch_separate<SeparateTileD128>(p, plan, workspace, stream);
+  if (plan.is_separate) return launch_separate<SeparateTileD128>(p, plan, workspace, stream);
   launch_backward_tile<128, BackwardTileD128>(p, plan, workspace, stream);
 }
 

@@ -7,8 +7,7 @@ namespace flash::cuda::sm90 {
 template <>
 void launch_backward<96, Variant::kPlain>(const BackwardParams& p, void* workspace, void* stream) {
   const BackwardPlan plan = make_backward_plan(p);
-  if (plan.row == BackwardRow::kSeparate)
-    return launch_separate<SeparateTileD96>(p, plan, workspace, stream);
+  if (plan.is_separate) return launch_separate<SeparateTileD96>(p, plan, workspace, stream);
   launch_backward_tile<96, BackwardTileD96>(p, plan, workspace, stream);
 }
 

@@ -10,27 +10,26 @@
 namespace flash::cuda::sm90 {
 namespace {
 
-BackwardRow choose_row(const BackwardParams& p) {
-  const int length = p.k_layout.max;
+bool is_general(const BackwardParams& p) { return p.variant() == Variant::kGeneral; }
+
+/// Above head dim 128 always; at 96 and 128 where S and dP twice cost less than ordered sums of dQ:
+/// in short sequences, and in longer ones of causal groups, whose tiles are few. Two kernels
+/// against one, 16k tokens on one H200: full 256 +5 to 14 %, 512 -5 to -13 %; causal 256 +1 to 26
+/// %, 512 of 96 0, of 128 -8 %; causal groups of 4 of 96 512 +9 %, 1k 0, of 128 512 to 2k +17 %.
+bool is_separate(const BackwardParams& p) {
   const int head_dim = backward_head_dim(p);
-  if (head_dim > 128) return BackwardRow::kSeparate;
-  if (p.variant() == Variant::kGeneral) return BackwardRow::kGeneral;
-  // S and dP twice cost less than ordered sums of dQ in short sequences, and in longer ones of
-  // causal groups, whose tiles are few. Two kernels against one, 16k tokens on one H200: full 256
-  // +5 to 14 %, 512 -5 to -13 %; causal 256 +1 to 26 %, 512 of 96 0, of 128 -8 %; causal groups of
-  // 4 of 96 512 +9 %, 1k 0, of 128 512 to 2k +17 %.
+  if (head_dim > 128) return true;
+  if (head_dim == 64 || is_general(p) || !p.deterministic) return false;
   const bool is_grouped = is_causal(p) && p.gqa_ratio() > 1;
-  const int short_length = !is_grouped ? 256 : head_dim == 128 ? 2048 : 512;
-  if (head_dim > 64 && p.deterministic && length <= short_length) return BackwardRow::kSeparate;
-  return BackwardRow::kFused;
+  return p.k_layout.max <= (!is_grouped ? 256 : head_dim == 128 ? 2048 : 512);
 }
 
 /// Whether the converting warps have time to make lse and delta too: that grows with the blocks of
 /// keys that add to a block of queries. Full 512 -3 to -9 %, 1k to 4k +2 to 5 %; causal 512 -5 to
 /// -12 %, 1k 0 to -5 %, 2k +3 to 8 %, 4k -1 to +3 %; 8k -2 to +3 %; 16k, where the pass is 1 % of
 /// the time, -1 to -4 %.
-bool prepares_inside(const BackwardParams& p, BackwardRow row) {
-  if (row == BackwardRow::kGeneral || row == BackwardRow::kSeparate) return false;
+bool prepares_inside(const BackwardParams& p) {
+  if (is_general(p) || is_separate(p)) return false;
   const int64_t window = int64_t{p.mask.window_left} + p.mask.window_right + 1;
   const int64_t keys = std::min(int64_t{p.k_layout.max}, window);
   return keys >= (is_causal(p) ? 2048 : 1024) && keys <= 8192;
@@ -46,8 +45,8 @@ bool is_bounded(int window) { return window < IntervalMask::kUnbounded; }
 ///            to +37 %, causal +2 to +26 %; 128 full +8 to +22 %, causal +8 to +13 %. With twice as
 ///            many rounds the ring leaves L2: -5 to -25 % at head dim 128.
 ///   grouped  Causal: tiles are long, heavy ones of all heads first.
-int section_heads(const BackwardParams& p, BackwardRow row, int num_n_blocks) {
-  if (row == BackwardRow::kSeparate) return 1;
+int section_heads(const BackwardParams& p, int num_n_blocks) {
+  if (is_separate(p)) return 1;
   const bool is_d64 = backward_head_dim(p) == 64;
   const bool is_band = is_bounded(p.mask.window_left) && is_bounded(p.mask.window_right);
   double rounds = 0;
@@ -79,23 +78,22 @@ BackwardPlan make_backward_plan(const BackwardParams& p) {
   const auto round_up = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
   const int head_dim = backward_head_dim(p);
   BackwardPlan plan{};
-  plan.row = choose_row(p);
-  plan.prepares_inside = prepares_inside(p, plan.row);
-  const bool is_separate = plan.row == BackwardRow::kSeparate;
-  const bool is_wide = is_separate || (plan.row == BackwardRow::kFused && head_dim == 64);
-  const int block_m = is_wide ? 128 : 64, block_n = is_separate ? 64 : 128;
+  plan.is_separate = is_separate(p);
+  plan.prepares_inside = prepares_inside(p);
+  const bool is_wide = plan.is_separate || (head_dim == 64 && !is_general(p));
+  const int block_m = is_wide ? 128 : 64, block_n = plan.is_separate ? 64 : 128;
   plan.num_m_blocks = (p.q_layout.max + block_m - 1) / block_m;
   plan.num_n_blocks = (p.k_layout.max + block_n - 1) / block_n;
   plan.num_tiles = plan.num_n_blocks * p.num_heads_k * p.batch;
   const int heads = p.batch * p.num_heads, heads_k = p.batch * p.num_heads_k;
-  plan.section_heads = section_heads(p, plan.row, plan.num_n_blocks);
+  plan.section_heads = section_heads(p, plan.num_n_blocks);
   const int rest = heads_k % plan.section_heads;
   plan.last_section_heads = rest > 0 ? rest : plan.section_heads;
-  plan.last_first = p.deterministic && is_bounded(p.mask.window_right) && !is_separate;
+  plan.last_first = p.deterministic && is_bounded(p.mask.window_right) && !plan.is_separate;
   if (plan.section_heads == 1 && !plan.last_first)
     plan.last_section_heads = ending_heads(p, heads_k, plan.num_n_blocks);
   plan.last_query_heads = ending_heads(p, heads, plan.num_m_blocks);
-  if (!is_separate) {
+  if (!plan.is_separate) {
     // Heads in work at a time (the longest tile of a causal head is twice the mean one), and as
     // many being converted. With half of that, tiles wait: 445 instead of 528 at causal 4k.
     const int in_work =

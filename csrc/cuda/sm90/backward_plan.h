@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Host side of the backward: which row of the tile table, and what lies where in the workspace.
+// Host side of the backward: one kernel or two, the order of tiles, and what lies where in the
+// workspace.
 #pragma once
 
 #include "attention/params.h"
 
 namespace flash::cuda::sm90 {
-
-/// kSeparate: dQ by a kernel of its own, without sums of dQ in memory.
-enum class BackwardRow { kFused, kGeneral, kSeparate };
 
 /// What has been drawn so far; 0 at launch. All work of the fused kernel is drawn, in an order in
 /// which everything waits only for what was drawn before it, and whoever holds two does them in
@@ -19,7 +17,7 @@ struct DrawnWork {
 };
 
 struct BackwardPlan {
-  BackwardRow row;
+  bool is_separate;  ///< dQ by a kernel of its own, without sums of dQ in memory
   int num_m_blocks, num_n_blocks, num_tiles, dq_slots;
   int section_heads, last_section_heads;  ///< key heads, see TileOrder
   int last_query_heads;                   ///< the same of queries_kernel, whose sections are heads

@@ -19,7 +19,7 @@ namespace flash::cuda::sm90 {
 //                   and of V stay in registers.
 //   queries_kernel  blocks of kKeyBlock keys, stages of K and of V.
 // bf16, 16k tokens, hidden 2048, one H200; docs/hopper.md has what lost.
-struct SeparateTileD96 {  // short sequences: see choose_row in backward_plan.cpp
+struct SeparateTileD96 {  // short sequences: see is_separate in backward_plan.cpp
   static constexpr int kHeadDim = 96, kHeadDimV = 96;
   static constexpr int kQueryBlock = 128, kQueryParts = 1, kQuerySlots = 2, kStages = 2;
   static constexpr int kHeldSteps = 6;

@@ -19,7 +19,7 @@ struct BackwardTileD96 {  // half of its columns would cut a chunk of 64
   static constexpr int kBlockM = 64;
   static constexpr DqOwner kDqOwner = DqOwner::kFirst;
 };
-struct BackwardTileD128 {  // dQ by the first: from 4k -2 to +1 %, below -1 to -11 %
+struct BackwardTileD128 {  // dQ by the first: from 4k -2 to +1 %, 1k -5 to -11 %
   static constexpr int kBlockM = 64;
   static constexpr DqOwner kDqOwner = DqOwner::kBothWarpgroups;
 };
