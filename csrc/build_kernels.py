@@ -43,6 +43,7 @@ ISA_FLAGS = {
         "-mavx2 -mfma -mf16c -mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512"
     ),
 }
+ISA_FLAGS["amx"] = ISA_FLAGS["avx512"] + " -mavx512bf16 -mamx-tile -mamx-bf16"
 NVCC_FLAGS = (
     "-std=c++20 -O3 --expt-relaxed-constexpr -Icsrc"
     " -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
@@ -94,7 +95,7 @@ def _object_path(source: Path, suffix: str = ".o") -> Path:
 def _add_cpu(plan: Plan) -> None:
     for source in sorted((ROOT / "csrc/cpu").rglob("*.cpp")):
         isa = isa_of(source)
-        if isa in ("avx2", "avx512") and not is_x86():
+        if isa not in (None, "portable") and not is_x86():
             continue
         flags = f"{CXX_FLAGS} {CPU_FLAGS} {ISA_FLAGS[isa or 'portable']}"
         plan.cpu_objects.append(plan.add(_object_path(source), "cxx", [source], flags=flags))
@@ -317,10 +318,9 @@ def spill_gate(plan: Plan) -> None:
 
 
 def _machine_runs(test: Path) -> bool:
-    if ".avx" not in test.name:
-        return True
-    flag = "avx512vl" if ".avx512." in test.name else "avx2"
-    return flag in Path("/proc/cpuinfo").read_text()
+    flags = {"avx2": "avx2", "avx512": "avx512vl", "amx": "amx_bf16"}
+    needed = next((flag for isa, flag in flags.items() if f".{isa}." in test.name), "")
+    return not needed or needed in Path("/proc/cpuinfo").read_text()
 
 
 def run_tests(plan: Plan) -> None:

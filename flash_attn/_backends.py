@@ -79,9 +79,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def use_cpu_isa(name: str) -> Iterator[None]:
-    """Within it, the CPU backend uses the named instruction set: "portable", "avx2", "avx512".
+    """Within it, the CPU backend uses the named instruction set: "portable", "avx2", "avx512",
+    "amx".
 
-    Process-wide, read at each call.
+    Process-wide, read twice by each call: not to be entered or left while another thread computes.
 
     Raises:
         RuntimeError: this build or this processor does not have it.

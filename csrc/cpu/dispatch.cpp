@@ -16,12 +16,15 @@ struct Choices {
 #if defined(__x86_64__)
   const Kernels& avx2;
   const Kernels& avx512;
+  const Kernels& amx;  ///< of bf16
 #endif
 
   const Kernels& of(DType dtype) const {
     if (dtype == DType::kFloat64) return f64;
 #if defined(__x86_64__)
     switch (active_isa()) {
+      case Isa::kAmx:
+        return dtype == DType::kBFloat16 ? amx : avx512;
       case Isa::kAvx512:
         return avx512;
       case Isa::kAvx2:
@@ -35,14 +38,14 @@ struct Choices {
 };
 
 #if defined(__x86_64__)
-#define FLASH_CPU_CHOICES(kernel) \
-  {k##kernel##F64Portable, k##kernel##F32Portable, k##kernel##F32Avx2, k##kernel##F32Avx512}
+#define FLASH_CPU_CHOICES(kernel, amx) \
+  {k##kernel##F64Portable, k##kernel##F32Portable, k##kernel##F32Avx2, k##kernel##F32Avx512, amx}
 #else
-#define FLASH_CPU_CHOICES(kernel) {k##kernel##F64Portable, k##kernel##F32Portable}
+#define FLASH_CPU_CHOICES(kernel, amx) {k##kernel##F64Portable, k##kernel##F32Portable}
 #endif
-constexpr Choices<ForwardKernels> kForward FLASH_CPU_CHOICES(Forward);
-constexpr Choices<BackwardKernels> kBackward FLASH_CPU_CHOICES(Backward);
-constexpr Choices<WeightsKernels> kWeights FLASH_CPU_CHOICES(Weights);
+constexpr Choices<ForwardKernels> kForward FLASH_CPU_CHOICES(Forward, kForwardBf16Amx);
+constexpr Choices<BackwardKernels> kBackward FLASH_CPU_CHOICES(Backward, kBackwardF32Avx512);
+constexpr Choices<WeightsKernels> kWeights FLASH_CPU_CHOICES(Weights, kWeightsF32Avx512);
 #undef FLASH_CPU_CHOICES
 
 std::vector<std::string> why_unsupported(const ForwardParams&, bool) { return {}; }

@@ -16,125 +16,30 @@
 #pragma once
 
 #include "cpu/forward_block.h"
+#include "cpu/forward_units.h"
 #include "cpu/kernels.h"
 
 namespace flash::cpu {
 namespace {
 
-constexpr int kUnitGroups = 4;
-/// Multiply-adds below which waking other threads costs more than it gains: about 20 us of work.
-constexpr double kWorthSharing = 1e6;
-
-/// The rows of a call that share a pass over the keys are few: lanes = head_dim. Known from the
-/// longest sequence and the ratio of heads alone, so that no row's bits depend on the batch.
-FLASH_INLINE bool has_few_queries(const ForwardParams& p) {
-  return int64_t(p.gqa_ratio()) * p.q_layout.max <= kFewQueries;
-}
-FLASH_INLINE int whole_vectors(int width) { return (width + kLanes - 1) / kLanes * kLanes; }
-
-/// How the rows of one kv head's query heads are cut into groups, for queries of one length.
-struct GroupCut {
-  int rows_per_group, heads_per_group, row_cuts, head_cuts;
-
-  static GroupCut of(const ForwardParams& p, int seqlen_q) {
-    const int ratio = p.gqa_ratio();
-    if (seqlen_q <= 0) return {1, 1, 0, 0};
-    int heads = smaller(larger(kGroupQueries / seqlen_q, 1), ratio);
-    if (p.features.dropout.enabled()) heads = 1;  // one stream per group
-    return {kGroupQueries, heads, (seqlen_q + kGroupQueries - 1) / kGroupQueries,
-            (ratio + heads - 1) / heads};
-  }
-  int groups() const { return row_cuts * head_cuts; }
-  /// Heads before rows: group g of a sequence and kv head.
-  GroupQueries group(const ForwardParams& p, int batch, int head_k, int seqlen_q, int g) const {
-    const int ratio = p.gqa_ratio(), head = g % head_cuts * heads_per_group;
-    const int row = g / head_cuts * rows_per_group;
-    return {batch, head_k * ratio + head, smaller(heads_per_group, ratio - head), row,
-            smaller(row + rows_per_group, seqlen_q)};
-  }
-};
-
-/// The units of a call. `unit` counts from the last rows to the first, heads and sequences fastest:
-/// under a causal mask that is the longest first.
-struct UnitGrid {
-  int groups_per_unit, units_per_head;  ///< for the longest sequence
-  int64_t units;
-
-  static UnitGrid of(const ForwardParams& p, int num_workers) {
-    const int groups = GroupCut::of(p, p.q_layout.max).groups();
-    const int64_t heads = int64_t(p.batch) * p.num_heads_k;
-    UnitGrid grid{kUnitGroups, 0, 0};
-    for (;; grid.groups_per_unit /= 2) {
-      grid.units_per_head = (groups + grid.groups_per_unit - 1) / grid.groups_per_unit;
-      grid.units = heads * grid.units_per_head;
-      if (num_workers == 1 || grid.groups_per_unit == 1 || grid.units >= 4 * num_workers) break;
-    }
-    return grid;
-  }
-};
-
-/// Where a worker's scratch lies, in Reals from its beginning.
-struct WorkspaceLayout {
-  int64_t next = 0;
-  int64_t s, new_max, alpha, bias = 0, kept = 0, dropout = 0, wide_k = 0, wide_v = 0;
-  int64_t groups, q, o, row_max, row_sum, group_size;  ///< those of a group from its beginning
-  int k_stride = 0, v_stride = 0;                      ///< of widened rows
-
-  int64_t take(int64_t reals) {
-    constexpr int64_t kLine = 64 / sizeof(Real);
-    const int64_t taken = next;
-    next += (reals + kLine - 1) / kLine * kLine;
-    return taken;
-  }
-  static WorkspaceLayout of(const ForwardParams& p) {
-    WorkspaceLayout w;
-    const ScoreMod& mod = p.features.score_mod;
-    constexpr int64_t kPairs = int64_t(kBlockKeys) * kGroupQueries;
-    w.s = w.take(kPairs);
-    w.new_max = w.take(kGroupQueries);
-    w.alpha = w.take(kGroupQueries);
-    if (mod.bias.data) w.bias = w.take(kPairs);
-    if (mod.mask.data) w.kept = w.take(kPairs);
-    if (p.features.dropout.enabled()) w.dropout = w.take(kPairs);
-    if (element_bytes(p.dtype) < int(sizeof(Real))) {
-      w.k_stride = widened_stride(p.head_dim);
-      w.v_stride = widened_stride(p.head_dim_v);
-      w.wide_k = w.take(int64_t(kBlockKeys) * w.k_stride);
-      w.wide_v = w.take(int64_t(kBlockKeys) * w.v_stride);
-    }
-    w.groups = w.next;
-    w.q = w.take(int64_t(whole_vectors(p.head_dim)) * kGroupQueries) - w.groups;
-    w.o = w.take(int64_t(whole_vectors(p.head_dim_v)) * kGroupQueries) - w.groups;
-    w.row_max = w.take(kGroupQueries) - w.groups;
-    w.row_sum = w.take(kGroupQueries) - w.groups;
-    w.group_size = w.next - w.groups;
-    w.next = w.groups + kUnitGroups * w.group_size;
-    return w;
-  }
-  int64_t bytes() const { return next * int64_t(sizeof(Real)); }
-
- private:
-  /// An odd number of cache lines: the rows of a block start in different sets of the L1 cache.
-  static int widened_stride(int width) {
-    constexpr int kLine = 64 / sizeof(Real);
-    return ((width + kLine - 1) / kLine | 1) * kLine;
-  }
-};
-
-/// Q with `scale` folded in, zeros where lanes stand for nothing; O, m and l of rows that have seen
-/// no key.
-template <class Element>
+/// Q with `scale` (of kTiles a part of it) folded in, zeros where lanes stand for nothing; O, m and
+/// l of rows that have seen no key.
+template <Orientation kOrientation, class Element>
 FLASH_NOINLINE void load_queries(const ForwardParams& p, const Sequence& sequence, Real scale,
                                  const Group& group) {
   const GroupQueries& queries = group.queries;
-  const auto read = [&](int i, int d, int count, Real* to) {
+  const auto row = [&](int i) {
     const int head = queries.head_begin + i / queries.rows();
     const int64_t q = queries.q_begin + i % queries.rows();
-    const Element* row =
-        static_cast<const Element*>(p.q.data) + p.q.offset(sequence, head) + q * p.q.row_stride;
-    for (int x = 0; x < count; ++x) to[x] = widen(row[d + x]) * scale;
+    return static_cast<const Element*>(p.q.data) + p.q.offset(sequence, head) + q * p.q.row_stride;
   };
-  if (group.q_lane_step == 1) {
+  const auto read = [&](int i, int d, int count, Real* to) {
+    const Element* from = row(i);
+    for (int x = 0; x < count; ++x) to[x] = widen(from[d + x]) * scale;
+  };
+  if constexpr (kOrientation == Orientation::kTiles) {
+    pack_queries(queries.count(), p.head_dim, group.column_step, scale, group.q, row);
+  } else if constexpr (kOrientation == Orientation::kQueries) {
     transpose_rows(queries.count(), p.head_dim, group.column_step, group.q, read);
   } else {
     std::memset(group.q, 0, sizeof(Real) * kFewQueries * group.q_lane_step);
@@ -243,7 +148,7 @@ struct Unit {
   Group groups[kUnitGroups];
 };
 
-template <class Element>
+template <Orientation kOrientation, class Element>
 FLASH_INLINE void begin_unit(const ForwardCall& call, int64_t index, Real* scratch, Unit& unit) {
   const ForwardParams& p = call.p;
   const WorkspaceLayout& w = call.layout;
@@ -258,7 +163,7 @@ FLASH_INLINE void begin_unit(const ForwardCall& call, int64_t index, Real* scrat
   unit.num_groups = smaller(call.grid.groups_per_unit, cut.groups() - first_group);
   unit.keys = {unit.ks.length, 0};
   const IntervalMask mask = p.mask_of(unit.qs, unit.ks);
-  const bool few = has_few_queries(p);
+  constexpr bool few = kOrientation == Orientation::kHeadDim;
   for (int g = 0; g < unit.num_groups; ++g) {
     Group& group = unit.groups[g];
     Real* at = scratch + w.groups + g * w.group_size;
@@ -274,7 +179,7 @@ FLASH_INLINE void begin_unit(const ForwardCall& call, int64_t index, Real* scrat
     group.row_max = at + w.row_max;
     group.row_sum = at + w.row_sum;
     fill_lanes(p, mask, group.queries, group.lanes);
-    load_queries<Element>(p, unit.qs, call.scale, group);
+    load_queries<kOrientation, Element>(p, unit.qs, call.scale, group);
     if (group.any_keys.begin < group.any_keys.end) {
       unit.keys = {smaller(unit.keys.begin, group.any_keys.begin),
                    larger(unit.keys.end, group.any_keys.end)};
@@ -282,39 +187,81 @@ FLASH_INLINE void begin_unit(const ForwardCall& call, int64_t index, Real* scrat
   }
 }
 
+/// The block of keys of a unit, widened or packed where need be.
+template <Orientation kOrientation, class Element>
+FLASH_INLINE KeyOperands<kOrientation> load_block(const ForwardCall& call, const Unit& unit,
+                                                  Range keys, Real* scratch) {
+  const ForwardParams& p = call.p;
+  const WorkspaceLayout& w = call.layout;
+  const int64_t k_head = p.k.offset(unit.ks, unit.head_k),
+                v_head = p.v.offset(unit.ks, unit.head_k);
+  const auto values = [&] {
+    return block_rows<Element>(p.v, v_head, keys, p.head_dim_v, scratch + w.wide_v, w.v_stride);
+  };
+  if constexpr (kOrientation == Orientation::kTiles) {
+    const int count = keys.end - keys.begin;
+    const auto* k = static_cast<const Element*>(p.k.data) + k_head + keys.begin * p.k.row_stride;
+    const auto* v = static_cast<const Element*>(p.v.data) + v_head + keys.begin * p.v.row_stride;
+    KeyOperands<kOrientation> block{
+        k, p.k.row_stride, nullptr, {nullptr, 0, count, p.head_dim_v}, p.head_dim, call.scale};
+    if (count < kBlockKeys || p.head_dim % kTileDepth != 0) {
+      auto* copy = reinterpret_cast<Element*>(scratch + w.tile_k);
+      copy_keys(k, p.k.row_stride, count, p.head_dim, copy);
+      block.k = copy, block.k_stride = round_up(p.head_dim, kTileDepth);
+    }
+    auto* v_t = reinterpret_cast<Element*>(scratch + w.tile_v);
+    if (!pack_values(v, p.v.row_stride, count, p.head_dim_v, v_t)) block.v = values();
+    block.v_t = v_t;
+    return block;
+  } else {
+    return {block_rows<Element>(p.k, k_head, keys, p.head_dim, scratch + w.wide_k, w.k_stride),
+            values()};
+  }
+}
+/// The keys from `first` on.
+template <Orientation kOrientation>
+FLASH_INLINE KeyOperands<kOrientation> part(const KeyOperands<kOrientation>& block, int first,
+                                            int count) {
+  return {part(block.k, first, count), part(block.v, first, count)};
+}
+
 template <Orientation kOrientation, Variant kVariant, class Element>
 FLASH_NOINLINE void run_unit(const ForwardCall& call, int64_t index, Real* scratch) {
   const ForwardParams& p = call.p;
   const WorkspaceLayout& w = call.layout;
   Unit unit;
-  begin_unit<Element>(call, index, scratch, unit);
-  const BlockScratch block_scratch{scratch + w.s,
-                                   scratch + w.new_max,
-                                   scratch + w.alpha,
-                                   {scratch + w.bias, reinterpret_cast<Int*>(scratch + w.kept)},
-                                   scratch + w.dropout};
+  begin_unit<kOrientation, Element>(call, index, scratch, unit);
+  const BlockScratch block_scratch{
+      scratch + w.s,       scratch + w.new_max,
+      scratch + w.alpha,   {scratch + w.bias, reinterpret_cast<Int*>(scratch + w.kept)},
+      scratch + w.dropout, reinterpret_cast<Int*>(scratch + w.weight_pairs),
+      scratch + w.sums};
+  // Tiles take whole blocks: keys that no row keeps are masked like others.
+  constexpr bool kWhole = kOrientation == Orientation::kTiles;
   const Range keys = unit.keys;
   for (int begin = keys.begin / kBlockKeys * kBlockKeys; begin < keys.end; begin += kBlockKeys) {
-    const Range block{larger(begin, keys.begin), smaller(begin + kBlockKeys, keys.end)};
-    const Rows k = block_rows<Element>(p.k, p.k.offset(unit.ks, unit.head_k), block, p.head_dim,
-                                       scratch + w.wide_k, w.k_stride);
-    const Rows v = block_rows<Element>(p.v, p.v.offset(unit.ks, unit.head_k), block, p.head_dim_v,
-                                       scratch + w.wide_v, w.v_stride);
+    const int end = smaller(begin + kBlockKeys, kWhole ? unit.ks.length : keys.end);
+    const Range range{kWhole ? begin : larger(begin, keys.begin), end};
+    const auto block = load_block<kOrientation, Element>(call, unit, range, scratch);
     for (int g = 0; g < unit.num_groups; ++g) {
       const Group& group = unit.groups[g];
-      const int k_begin = larger(block.begin, group.any_keys.begin);
-      const int count = smaller(block.end, group.any_keys.end) - k_begin;
+      const int k_begin = larger(range.begin, group.any_keys.begin);
+      const int count = smaller(range.end, group.any_keys.end) - k_begin;
       if (count <= 0) continue;
-      const Rows group_k = part(k, k_begin - block.begin, count);
-      const Rows group_v = part(v, k_begin - block.begin, count);
       auto step = [&]<int kVectors> {
-        forward_block<kVectors, kOrientation, kVariant, Element>(
-            group, p, call.unit.to_log2, k_begin, group_k, group_v, block_scratch);
+        if constexpr (kWhole) {
+          forward_block<kVectors, kVariant, Element>(group, p, call.unit.to_log2, begin, block,
+                                                     block_scratch);
+        } else {
+          forward_block<kVectors, kVariant, Element>(group, p, call.unit.to_log2, k_begin,
+                                                     part(block, k_begin - range.begin, count),
+                                                     block_scratch);
+        }
       };
       const int vectors = group.queries.vectors();
       if (kOrientation == Orientation::kHeadDim || vectors == 1) {
         step.template operator()<1>();
-      } else if constexpr (kOrientation == Orientation::kQueries) {
+      } else if constexpr (kOrientation != Orientation::kHeadDim) {
         vectors == 2 ? step.template operator()<2>() : step.template operator()<kQueryVectors>();
       }
     }
@@ -327,6 +274,7 @@ template <Orientation kOrientation, Variant kVariant, class Element>
 void work(void* context, int worker) {
   ForwardCall& call = *static_cast<ForwardCall*>(context);
   Real* scratch = reinterpret_cast<Real*>(call.workspace + worker * call.layout.bytes());
+  const ThreadState<kOrientation> state;
   for (;;) {
     const int64_t unit = __atomic_fetch_add(&call.next_unit, 1, __ATOMIC_RELAXED);
     if (unit >= call.grid.units) return;
@@ -353,18 +301,23 @@ void forward(const ForwardParams& p, const Launch& launch) {
                    Real(p.softmax_scale * (unit.to_log2 == 1 ? M_LOG2E : 1.0)),
                    static_cast<char*>(launch.workspace),
                    0};
-  with_element(p.dtype, [&]<class Element> {
+  const auto with = [&]<class Element> {
     using enum Orientation;
+    constexpr Orientation kMany = kHasTiles ? kTiles : kQueries;
     void (*run)(void*, int);
     if (p.features.enabled()) {
       run = few ? work<kHeadDim, Variant::kGeneral, Element>
-                : work<kQueries, Variant::kGeneral, Element>;
+                : work<kMany, Variant::kGeneral, Element>;
     } else {
-      run =
-          few ? work<kHeadDim, Variant::kPlain, Element> : work<kQueries, Variant::kPlain, Element>;
+      run = few ? work<kHeadDim, Variant::kPlain, Element> : work<kMany, Variant::kPlain, Element>;
     }
     shared ? launch.workers->run(run, &call) : run(&call, 0);
-  });
+  };
+#if defined(FLASH_CPU_AMX)
+  with.template operator()<BFloat16>();
+#else
+  with_element(p.dtype, with);
+#endif
 }
 
 }  // namespace

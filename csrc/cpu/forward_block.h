@@ -11,6 +11,7 @@
 // the maximum is subtracted first: a row of the lowest finite numbers is a row of equal scores.
 #pragma once
 
+#include "cpu/forward_amx.h"
 #include "cpu/forward_few.h"
 #include "cpu/score.h"
 
@@ -28,14 +29,16 @@ struct Group {
   Real *row_max, *row_sum;
   Lanes lanes;
 };
-/// What the lanes of the two products are.
-enum class Orientation { kQueries, kHeadDim };
+/// What the lanes of the two products are; kTiles: queries, by tile registers.
+enum class Orientation { kQueries, kHeadDim, kTiles };
 
 /// What a worker needs for the block in hand. Row `x` of an array is a group wide.
 struct BlockScratch {
   Real *s, *new_max, *alpha;
-  PairBlock pairs;          ///< kGeneral
-  Real* dropout = nullptr;  ///< kGeneral
+  PairBlock pairs;              ///< kGeneral
+  Real* dropout = nullptr;      ///< kGeneral
+  Int* weight_pairs = nullptr;  ///< kTiles: P in pairs of keys
+  Real* sums = nullptr;         ///< kTiles: 32 rows of a product
 };
 
 /// S^T and the running maximum over its keys.
@@ -164,38 +167,78 @@ FLASH_NOINLINE void output_of_kept_pairs(const Group& group, int pitch, const Ro
   }
 }
 
-template <int kVectors, Orientation kOrientation>
-FLASH_INLINE void score_product(const Group& group, const Rows& k, Real* s, Real* row_max) {
-  if constexpr (kOrientation == Orientation::kQueries) {
-    score_block<kVectors>(k, group.q, s, row_max);
-  } else {
-    score_few(k, group.q, group.q_lane_step, group.queries.count(), s, row_max);
-  }
-}
-template <int kVectors, Orientation kOrientation>
-FLASH_INLINE void output_product(const Group& group, const Rows& v, const Real* p,
-                                 const Real* alpha) {
-  if constexpr (kOrientation == Orientation::kQueries) {
-    output_block<kVectors>(v, p, group.o, alpha);
-  } else {
-    const int count = group.queries.count();
-    const auto output = count == 1   ? output_few<1>
-                        : count == 2 ? output_few<2>
-                                     : output_few<kFewQueries>;
-    output(v, p, group.o, group.o_lane_step, alpha);
-  }
-}
+/// The keys of a block, as a product takes them.
+template <Orientation>
+struct KeyOperands {
+  Rows k, v;
 
-/// `unit` is u; `k` and `v` are the rows of the block that the group may keep, from key k_begin on.
-template <int kVectors, Orientation kOrientation, Variant kVariant, class Element>
+  int count() const { return k.count; }
+  bool has_finite_values() const { return all_finite(v); }
+};
+/// What a worker's thread needs while it makes products.
+template <Orientation>
+struct ThreadState {
+  ThreadState() {}
+};
+#if defined(FLASH_CPU_AMX)
+template <>
+struct KeyOperands<Orientation::kTiles> : TileBlock {};
+template <>
+struct ThreadState<Orientation::kTiles> : TileScope {};
+#endif
+
+template <int kVectors>
+FLASH_INLINE void score_product(const Group& group, const KeyOperands<Orientation::kQueries>& block,
+                                Real* s, Real* row_max) {
+  score_block<kVectors>(block.k, group.q, s, row_max);
+}
+template <int kVectors>
+FLASH_INLINE void score_product(const Group& group, const KeyOperands<Orientation::kHeadDim>& block,
+                                Real* s, Real* row_max) {
+  score_few(block.k, group.q, group.q_lane_step, group.queries.count(), s, row_max);
+}
+template <int kVectors>
+FLASH_INLINE void output_product(const Group& group,
+                                 const KeyOperands<Orientation::kQueries>& block,
+                                 const BlockScratch& scratch) {
+  output_block<kVectors>(block.v, scratch.s, group.o, scratch.alpha);
+}
+template <int kVectors>
+FLASH_INLINE void output_product(const Group& group,
+                                 const KeyOperands<Orientation::kHeadDim>& block,
+                                 const BlockScratch& scratch) {
+  const int count = group.queries.count();
+  const auto output = count == 1   ? output_few<1>
+                      : count == 2 ? output_few<2>
+                                   : output_few<kFewQueries>;
+  output(block.v, scratch.s, group.o, group.o_lane_step, scratch.alpha);
+}
+#if defined(FLASH_CPU_AMX)
+template <int kVectors>
+FLASH_INLINE void score_product(const Group& group, const KeyOperands<Orientation::kTiles>& block,
+                                Real* s, Real* row_max) {
+  score_in_tiles<kVectors>(block, group.q, s, row_max);
+}
+template <int kVectors>
+FLASH_INLINE void output_product(const Group& group, const KeyOperands<Orientation::kTiles>& block,
+                                 const BlockScratch& scratch) {
+  pack_weights<kVectors>(scratch.s, block.count(), scratch.weight_pairs);
+  output_in_tiles<kVectors>(block, scratch.weight_pairs, scratch.sums, group.o, scratch.alpha);
+  if (!block.has_finite_values()) add_infinite_values<kVectors>(block.v, scratch.s, group.o);
+}
+#endif
+
+/// `unit` is u; `block` are the keys that the group may keep, from key k_begin on.
+template <int kVectors, Variant kVariant, class Element, Orientation kOrientation>
 FLASH_INLINE void forward_block(const Group& group, const ForwardParams& p, Real unit, int k_begin,
-                                const Rows& k, const Rows& v, const BlockScratch& scratch) {
+                                const KeyOperands<kOrientation>& block,
+                                const BlockScratch& scratch) {
   constexpr int kPitch = kVectors * kLanes;
   const ScoreMod& mod = p.features.score_mod;
-  const int num_keys = k.count;
+  const int num_keys = block.count();
   bool may_drop = k_begin < group.all_keys.begin || k_begin + num_keys > group.all_keys.end;
   store_group(scratch.new_max, load_group<kVectors>(group.row_max));
-  score_product<kVectors, kOrientation>(group, k, scratch.s, scratch.new_max);
+  score_product<kVectors>(group, block, scratch.s, scratch.new_max);
   if (kVariant == Variant::kGeneral && mod.enabled()) {
     may_drop |= mod.mask.data || mod.bias.data;
     load_pairs<Element>(mod, group.queries, k_begin, num_keys, kPitch, scratch.pairs);
@@ -206,10 +249,11 @@ FLASH_INLINE void forward_block(const Group& group, const ForwardParams& p, Real
     store_group(scratch.new_max, load_group<kVectors>(group.row_max));
     mask_block<kVectors>(group.lanes, k_begin, num_keys, scratch.s, scratch.new_max);
   }
-  const bool pair_by_pair = may_drop && !all_finite(v);
-  const auto softmax = pair_by_pair ? softmax_block<kVectors, kVariant, true>
-                                    : softmax_block<kVectors, kVariant, false>;
-  softmax(scratch.s, unit, v, group.is_first, group.row_max, scratch.new_max, group.row_sum,
+  const bool marks = may_drop && !block.has_finite_values();
+  const auto softmax =
+      marks ? softmax_block<kVectors, kVariant, true> : softmax_block<kVectors, kVariant, false>;
+  const bool fetch_v = group.is_first && kOrientation != Orientation::kTiles;
+  softmax(scratch.s, unit, block.v, fetch_v, group.row_max, scratch.new_max, group.row_sum,
           scratch.alpha);
   if (kVariant == Variant::kGeneral && p.features.dropout.enabled()) {
     const GroupQueries& queries = group.queries;
@@ -218,10 +262,10 @@ FLASH_INLINE void forward_block(const Group& group, const ForwardParams& p, Real
         queries, k_begin, num_keys, kPitch, scratch.dropout);
     drop_weights(scratch.dropout, num_keys * kPitch, scratch.s);
   }
-  if (pair_by_pair) {
-    output_of_kept_pairs(group, kPitch, v, scratch.s, scratch.alpha);
+  if (marks && kOrientation != Orientation::kTiles) {
+    output_of_kept_pairs(group, kPitch, block.v, scratch.s, scratch.alpha);
   } else {
-    output_product<kVectors, kOrientation>(group, v, scratch.s, scratch.alpha);
+    output_product<kVectors>(group, block, scratch);
   }
 }
 

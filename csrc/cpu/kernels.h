@@ -8,7 +8,7 @@
 namespace flash::cpu {
 
 /// The entries of one object. F32 kernels compute in float and take float32, bfloat16 and float16
-/// (widened block by block); F64 kernels take float64.
+/// (widened block by block); Bf16 kernels take bfloat16, F64 kernels float64.
 struct ForwardKernels {
   int64_t (*workspace_bytes)(const ForwardParams&, int num_workers);
   void (*run)(const ForwardParams&, const Launch&);
@@ -28,7 +28,7 @@ extern const ForwardKernels kForwardF32Portable, kForwardF64Portable;
 extern const BackwardKernels kBackwardF32Portable, kBackwardF64Portable;
 extern const WeightsKernels kWeightsF32Portable, kWeightsF64Portable;
 #if defined(__x86_64__)
-extern const ForwardKernels kForwardF32Avx2, kForwardF32Avx512;
+extern const ForwardKernels kForwardF32Avx2, kForwardF32Avx512, kForwardBf16Amx;
 extern const BackwardKernels kBackwardF32Avx2, kBackwardF32Avx512;
 extern const WeightsKernels kWeightsF32Avx2, kWeightsF32Avx512;
 #endif

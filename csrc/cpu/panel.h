@@ -33,7 +33,6 @@ static_assert(kBlockKeys % kPanel == 0, "a block of keys is a whole number of pa
 constexpr int kScorePitch = kBlockKeys + 16;
 
 FLASH_INLINE int panels(int width) { return (width + kPanel - 1) / kPanel; }
-FLASH_INLINE int round_up(int x, int step) { return (x + step - 1) / step * step; }
 
 /// Calls f.operator()<kVectors>() with the number of vectors, 1 to kPanelVectors, that hold
 /// `columns` > 0 columns of a panel.

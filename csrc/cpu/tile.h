@@ -23,10 +23,19 @@ constexpr int kTileRows = 8;
 #else
 constexpr int kTileRows = 4;
 #endif
+/// Whether this object's products are those of forward_amx.h, where lanes are queries.
+#if defined(FLASH_CPU_AMX)
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+#endif
 constexpr int kGroupQueries = kQueryVectors * kLanes;
 /// Keys of a block. Blocks start at absolute multiples of it, so that a row's sums are cut at the
 /// same keys whichever rows are computed with it.
-constexpr int kBlockKeys = 64;
+constexpr int kBlockKeys = kHasTiles ? 128 : 64;
+constexpr int kTileDepth = 32;  ///< numbers of bf16 in a row of a tile register (amx.h)
+
+FLASH_INLINE int round_up(int x, int step) { return (x + step - 1) / step * step; }
 
 /// `count` rows of `width` numbers of K or V, where they lie.
 struct Rows {

@@ -17,7 +17,7 @@ NAMES = ["square", "lengths_129_192", "head_dim_3", "head_dim_80", "head_dim_257
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
 def isa(request):
     available = flash_attn._C.available_isas()
     if request.param not in available:
@@ -40,11 +40,9 @@ def test_instruction_set(isa, poisoned, name, dtype):
     check_grads(true, ours)
 
 
-def test_threads_and_repeats(isa):
-    inputs, before = (
-        make_inputs(BY_NAME["all_features"], "float32", "cpu"),
-        torch.get_num_threads(),
-    )
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_threads_and_repeats(isa, dtype):
+    inputs, before = make_inputs(BY_NAME["all_features"], dtype, "cpu"), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         alone = run(attention, inputs)

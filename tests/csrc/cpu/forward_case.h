@@ -31,6 +31,15 @@ struct ForwardCase {
   double dropout_p = 0;
 };
 
+/// The kernels that a program tests.
+struct Tested {
+  const char* name;
+  int64_t (*workspace_bytes)(const ForwardParams&, int num_workers);
+  void (*run)(const ForwardParams&, const Launch&);
+  bool rounds_weights;  ///< of bf16, for the product with V
+};
+inline Tested tested;
+
 class ForwardCall {
  public:
   ForwardParams p{};
@@ -53,15 +62,14 @@ class ForwardCall {
     features(c);
   }
 
-  /// Runs on the current instruction set. Returns out and lse in the order of reference::Result.
+  /// Runs what is tested. Returns out and lse in the order of reference::Result.
   reference::Result run(int num_threads) {
     ThreadWorkers workers(num_threads);
-    const Backend& backend = cpu::backend();
-    const int64_t bytes = backend.forward_workspace_bytes(p, num_threads);
+    const int64_t bytes = tested.workspace_bytes(p, num_threads);
     std::unique_ptr<char[], void (*)(void*)> workspace(
         static_cast<char*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256 + 256)), std::free);
     std::memset(workspace.get(), 0xff, bytes + 256);
-    backend.forward(p, {workspace.get(), nullptr, &workers});
+    tested.run(p, {workspace.get(), nullptr, &workers});
     for (int i = 0; i < 256; ++i) CHECK(workspace[bytes + i] == char(0xff));  // wrote beyond it
 
     reference::Result r{

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// How the rows of a call are cut into groups and units (forward.h), and where a worker's scratch
+// lies.
+#pragma once
+
+#include "cpu/forward_few.h"
+#include "cpu/score.h"
+
+namespace flash::cpu {
+namespace {
+
+constexpr int kUnitGroups = 4;
+/// Multiply-adds below which waking other threads costs more than it gains: about 20 us of work.
+constexpr double kWorthSharing = 1e6;
+
+/// The rows of a call that share a pass over the keys are few: lanes = head_dim. Known from the
+/// longest sequence and the ratio of heads alone, so that no row's bits depend on the batch.
+FLASH_INLINE bool has_few_queries(const ForwardParams& p) {
+  return int64_t(p.gqa_ratio()) * p.q_layout.max <= kFewQueries;
+}
+FLASH_INLINE int whole_vectors(int width) { return round_up(width, kLanes); }
+
+/// How the rows of one kv head's query heads are cut into groups, for queries of one length.
+struct GroupCut {
+  int rows_per_group, heads_per_group, row_cuts, head_cuts;
+
+  static GroupCut of(const ForwardParams& p, int seqlen_q) {
+    const int ratio = p.gqa_ratio();
+    if (seqlen_q <= 0) return {1, 1, 0, 0};
+    int heads = smaller(larger(kGroupQueries / seqlen_q, 1), ratio);
+    if (p.features.dropout.enabled()) heads = 1;  // one stream per group
+    return {kGroupQueries, heads, (seqlen_q + kGroupQueries - 1) / kGroupQueries,
+            (ratio + heads - 1) / heads};
+  }
+  int groups() const { return row_cuts * head_cuts; }
+  /// Heads before rows: group g of a sequence and kv head.
+  GroupQueries group(const ForwardParams& p, int batch, int head_k, int seqlen_q, int g) const {
+    const int ratio = p.gqa_ratio(), head = g % head_cuts * heads_per_group;
+    const int row = g / head_cuts * rows_per_group;
+    return {batch, head_k * ratio + head, smaller(heads_per_group, ratio - head), row,
+            smaller(row + rows_per_group, seqlen_q)};
+  }
+};
+
+/// The units of a call. `unit` counts from the last rows to the first, heads and sequences fastest:
+/// under a causal mask that is the longest first.
+struct UnitGrid {
+  int groups_per_unit, units_per_head;  ///< for the longest sequence
+  int64_t units;
+
+  static UnitGrid of(const ForwardParams& p, int num_workers) {
+    const int groups = GroupCut::of(p, p.q_layout.max).groups();
+    const int64_t heads = int64_t(p.batch) * p.num_heads_k;
+    constexpr int kUnits = kHasTiles ? 2 : 4;  // of a worker; each packs V for itself
+    UnitGrid grid{kUnitGroups, 0, 0};
+    for (;; grid.groups_per_unit /= 2) {
+      grid.units_per_head = (groups + grid.groups_per_unit - 1) / grid.groups_per_unit;
+      grid.units = heads * grid.units_per_head;
+      if (num_workers == 1 || grid.groups_per_unit == 1 || grid.units >= kUnits * num_workers)
+        break;
+    }
+    return grid;
+  }
+};
+
+/// Where a worker's scratch lies, in Reals from its beginning.
+struct WorkspaceLayout {
+  int64_t next = 0;
+  int64_t s, new_max, alpha, bias = 0, kept = 0, dropout = 0, wide_k = 0, wide_v = 0;
+  int64_t tile_k = 0, tile_v = 0, weight_pairs = 0, sums = 0;  ///< kTiles
+  int64_t groups, q, o, row_max, row_sum, group_size;  ///< those of a group from its beginning
+  int k_stride = 0, v_stride = 0;                      ///< of widened rows
+
+  int64_t take(int64_t reals) {
+    constexpr int64_t kLine = 64 / sizeof(Real);
+    const int64_t taken = next;
+    next += (reals + kLine - 1) / kLine * kLine;
+    return taken;
+  }
+  static WorkspaceLayout of(const ForwardParams& p) {
+    WorkspaceLayout w;
+    const ScoreMod& mod = p.features.score_mod;
+    constexpr int64_t kPairs = int64_t(kBlockKeys) * kGroupQueries;
+    w.s = w.take(kPairs);
+    w.new_max = w.take(kGroupQueries);
+    w.alpha = w.take(kGroupQueries);
+    if (mod.bias.data) w.bias = w.take(kPairs);
+    if (mod.mask.data) w.kept = w.take(kPairs);
+    if (p.features.dropout.enabled()) w.dropout = w.take(kPairs);
+    const bool in_tiles = kHasTiles && !has_few_queries(p);
+    if (element_bytes(p.dtype) < int(sizeof(Real))) {
+      w.k_stride = widened_stride(p.head_dim);
+      w.v_stride = widened_stride(p.head_dim_v);
+      if (!in_tiles) w.wide_k = w.take(int64_t(kBlockKeys) * w.k_stride);
+      w.wide_v = w.take(int64_t(kBlockKeys) * w.v_stride);
+    }
+    if (in_tiles) {
+      w.tile_k = w.take(int64_t(kBlockKeys) * round_up(p.head_dim, kTileDepth) / 2);
+      w.tile_v = w.take(int64_t(kBlockKeys) * round_up(p.head_dim_v, 32) / 2);
+      w.weight_pairs = w.take(kPairs / 2);
+      w.sums = w.take(32 * kGroupQueries);
+    }
+    w.groups = w.next;
+    w.q = w.take(int64_t(whole_vectors(p.head_dim)) * kGroupQueries) - w.groups;
+    w.o = w.take(int64_t(whole_vectors(p.head_dim_v)) * kGroupQueries) - w.groups;
+    w.row_max = w.take(kGroupQueries) - w.groups;
+    w.row_sum = w.take(kGroupQueries) - w.groups;
+    w.group_size = w.next - w.groups;
+    w.next = w.groups + kUnitGroups * w.group_size;
+    return w;
+  }
+  int64_t bytes() const { return next * int64_t(sizeof(Real)); }
+
+ private:
+  /// An odd number of cache lines: the rows of a block start in different sets of the L1 cache.
+  static int widened_stride(int width) {
+    constexpr int kLine = 64 / sizeof(Real);
+    return (round_up(width, kLine) / kLine | 1) * kLine;
+  }
+};
+
+}  // namespace
+}  // namespace flash::cpu
