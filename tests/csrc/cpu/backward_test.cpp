@@ -6,25 +6,9 @@ using namespace flash;
 
 namespace {
 
-constexpr int kUnbounded = IntervalMask::kUnbounded;
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
 
-uint64_t seed_of_run;
 double worst_ratio;  // of an error to its bound
-
-double roundoff(DType dtype) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return 0x1p-8;
-    case DType::kFloat16:
-      return 0x1p-11;
-    case DType::kFloat32:
-      return 0x1p-24;
-    case DType::kFloat64:
-      return 0x1p-53;
-  }
-  return 0;
-}
 
 void print(const ForwardCase& c, uint64_t seed) {
   std::fprintf(stderr,
@@ -87,15 +71,6 @@ void check_case(const ForwardCase& c, bool with_dlse, uint64_t seed, int threads
                    std::fmax(1, 0.25 * std::sqrt(double(c.batch) * c.sq)));
 }
 
-struct Choice {
-  std::mt19937_64& generator;
-  template <class T>
-  T operator()(std::initializer_list<T> values) {
-    return values.begin()[generator() % values.size()];
-  }
-  bool one_in(int n) { return generator() % n == 0; }
-};
-
 ForwardCase random_case(std::mt19937_64& generator) {
   Choice choose{generator};
   ForwardCase c;
@@ -106,27 +81,11 @@ ForwardCase random_case(std::mt19937_64& generator) {
   c.sk = choose({0, 1, 5, 63, 64, 65, 128, 150});
   c.d = choose({1, 3, 8, 16, 40, 64, 80});
   c.dv = choose({1, 5, 8, 17, 64, 72});
-  c.scale = choose({0.125, 0.3, -0.2, 0.0});
-  c.mask = {choose({false, true}), choose({kUnbounded, kUnbounded, 0, 10, 70}),
-            choose({kUnbounded, 0, 0, 3, 50}), choose({0, 0, 0, 20})};
-  c.order = choose({Order::kHeadsFirst, Order::kRowsFirst});
-  c.packed = choose.one_in(3);
-  c.seqused = choose.one_in(4);
-  if (choose.one_in(2)) return c;
-  if (choose.one_in(3)) c.softcap = choose({1.5, 30.0});
-  c.bias = choose.one_in(2);
-  c.bias_is_float32 = choose.one_in(2);
-  c.bool_mask = choose.one_in(3);
-  c.broadcast = int(generator() % 16);
-  c.alibi = choose.one_in(3);
-  c.sink = choose.one_in(3);
-  if (choose.one_in(2)) c.dropout_p = choose({0.1, 0.5, 0.9, 1.0});
+  choose_features(choose, c);
   return c;
 }
 
-bool same_bits(const std::vector<double>& a, const std::vector<double>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
-}
+using flash::same_bits;
 bool same_bits(const reference::Gradients& a, const reference::Gradients& b) {
   return same_bits(a.dq, b.dq) && same_bits(a.dk, b.dk) && same_bits(a.dv, b.dv) &&
          same_bits(a.dbias, b.dbias) && same_bits(a.dslopes, b.dslopes) &&

@@ -15,6 +15,28 @@
 
 namespace flash {
 
+constexpr int kUnbounded = IntervalMask::kUnbounded;
+inline uint64_t seed_of_run;
+
+/// Unit roundoff: of the result's dtype, of the accumulation's.
+inline double roundoff(DType dtype) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return 0x1p-8;
+    case DType::kFloat16:
+      return 0x1p-11;
+    case DType::kFloat32:
+      return 0x1p-24;
+    case DType::kFloat64:
+      return 0x1p-53;
+  }
+  return 0;
+}
+
+inline bool same_bits(const std::vector<double>& a, const std::vector<double>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
+}
+
 enum class Order { kHeadsFirst, kRowsFirst };  ///< (b, h, rows, d) or (b, rows, h, d)
 
 struct ForwardCase {
@@ -30,6 +52,34 @@ struct ForwardCase {
   bool alibi = false, sink = false;
   double dropout_p = 0;
 };
+
+struct Choice {
+  std::mt19937_64& generator;
+  template <class T>
+  T operator()(std::initializer_list<T> values) {
+    return values.begin()[generator() % values.size()];
+  }
+  bool one_in(int n) { return generator() % n == 0; }
+};
+
+/// All of a random case but its sizes.
+inline void choose_features(Choice& choose, ForwardCase& c) {
+  c.scale = choose({0.125, 0.3, -0.2, 0.0});
+  c.mask = {choose({false, true}), choose({kUnbounded, kUnbounded, 0, 10, 70}),
+            choose({kUnbounded, 0, 0, 3, 50}), choose({0, 0, 0, 20})};
+  c.order = choose({Order::kHeadsFirst, Order::kRowsFirst});
+  c.packed = choose.one_in(3);
+  c.seqused = choose.one_in(4);
+  if (choose.one_in(2)) return;
+  if (choose.one_in(3)) c.softcap = choose({1.5, 30.0});
+  c.bias = choose.one_in(2);
+  c.bias_is_float32 = choose.one_in(2);
+  c.bool_mask = choose.one_in(3);
+  c.broadcast = int(choose.generator() % 16);
+  c.alibi = choose.one_in(3);
+  c.sink = choose.one_in(3);
+  if (choose.one_in(2)) c.dropout_p = choose({0.1, 0.5, 0.9, 1.0});
+}
 
 /// The kernels that a program tests.
 struct Tested {

@@ -8,25 +8,6 @@
 namespace flash {
 namespace {
 
-constexpr int kUnbounded = IntervalMask::kUnbounded;
-
-uint64_t seed_of_run;
-
-/// Unit roundoff: of the result's dtype, of the accumulation's.
-double roundoff(DType dtype) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return 0x1p-8;
-    case DType::kFloat16:
-      return 0x1p-11;
-    case DType::kFloat32:
-      return 0x1p-24;
-    case DType::kFloat64:
-      return 0x1p-53;
-  }
-  return 0;
-}
-
 /// The largest sum of magnitudes that a score of the call is made of: its error is a few roundoffs
 /// of that, and is the relative error of the weight.
 double largest_score(const ForwardParams& p) {
@@ -103,15 +84,6 @@ void check_case(const ForwardCase& c, uint64_t seed) {
   }
 }
 
-struct Choice {
-  std::mt19937_64& generator;
-  template <class T>
-  T operator()(std::initializer_list<T> values) {
-    return values.begin()[generator() % values.size()];
-  }
-  bool one_in(int n) { return generator() % n == 0; }
-};
-
 ForwardCase random_case(std::mt19937_64& generator) {
   Choice choose{generator};
   ForwardCase c;
@@ -122,26 +94,8 @@ ForwardCase random_case(std::mt19937_64& generator) {
   c.sk = choose({0, 1, 5, 63, 64, 65, 128, 150});
   c.d = choose({1, 3, 8, 16, 40, 64});
   c.dv = choose({1, 5, 8, 17, 64});
-  c.scale = choose({0.125, 0.3, -0.2, 0.0});
-  c.mask = {choose({false, true}), choose({kUnbounded, kUnbounded, 0, 10, 70}),
-            choose({kUnbounded, 0, 0, 3, 50}), choose({0, 0, 0, 20})};
-  c.order = choose({Order::kHeadsFirst, Order::kRowsFirst});
-  c.packed = choose.one_in(3);
-  c.seqused = choose.one_in(4);
-  if (choose.one_in(2)) return c;
-  if (choose.one_in(3)) c.softcap = choose({1.5, 30.0});
-  c.bias = choose.one_in(3);
-  c.bias_is_float32 = choose.one_in(2);
-  c.bool_mask = choose.one_in(3);
-  c.broadcast = int(generator() % 16);
-  c.alibi = choose.one_in(3);
-  c.sink = choose.one_in(3);
-  if (choose.one_in(2)) c.dropout_p = choose({0.1, 0.5, 0.9, 1.0});
+  choose_features(choose, c);
   return c;
-}
-
-bool same_bits(const std::vector<double>& a, const std::vector<double>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
 }
 
 /// The same bits for every thread count, and for a row whatever rows are computed with it.

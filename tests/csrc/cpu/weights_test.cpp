@@ -7,23 +7,6 @@ using namespace flash;
 
 namespace {
 
-constexpr int kUnbounded = IntervalMask::kUnbounded;
-uint64_t seed_of_run;
-
-double roundoff(DType dtype) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return 0x1p-8;
-    case DType::kFloat16:
-      return 0x1p-11;
-    case DType::kFloat32:
-      return 0x1p-24;
-    case DType::kFloat64:
-      return 0x1p-53;
-  }
-  return 0;
-}
-
 struct Gradients {
   std::vector<double> dq, dk, dlse, dbias;
 };
@@ -155,10 +138,6 @@ void check_values(const char* name, const ForwardCase& c, const std::vector<doub
     }
     CHECK_NEAR(got[i], expected[i], bound);
   }
-}
-
-bool same_bits(const std::vector<double>& a, const std::vector<double>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
 }
 
 void check_case(const ForwardCase& c, bool average, uint64_t seed) {
