@@ -161,15 +161,6 @@ void check_case(const ForwardCase& c, bool average, uint64_t seed) {
   }
 }
 
-struct Choice {
-  std::mt19937_64& generator;
-  template <class T>
-  T operator()(std::initializer_list<T> values) {
-    return values.begin()[generator() % values.size()];
-  }
-  bool one_in(int n) { return generator() % n == 0; }
-};
-
 ForwardCase random_case(std::mt19937_64& generator) {
   Choice choose{generator};
   ForwardCase c;
