@@ -128,6 +128,21 @@ struct Head {
     if (mod.alibi_slopes) s -= slope() * distance(i, j);
     return {s, slope_of_cap};
   }
+  /// How far score(i, j) and its derivative may be off, in units of the roundoff.
+  ModifiedScore<double> score_error_units(int i, int j, const ModifiedScore<double>& s) const {
+    const ScoreMod& mod = p.features.score_mod;
+    double e = 0, e_slope = 0;
+    for (int d = 0; d < p.head_dim; ++d) e += std::fabs(q(i, d) * k(j, d));
+    e *= std::fabs(p.softmax_scale);
+    if (mod.softcap > 0) {
+      // c tanh(x / c), 1 - tanh^2: beside the error of x, tanh itself rounds.
+      e_slope = 2 + 2 * s.slope * e / mod.softcap;
+      e = s.slope * e + std::fmin(e, mod.softcap);
+    }
+    if (mod.bias.data) e += std::fabs(s.score);
+    if (mod.alibi_slopes) e += std::fabs(s.score) + std::fabs(slope()) * distance(i, j);
+    return {e, e_slope};
+  }
   /// keep / (1 - p)
   double dropout_factor(int i, int j) const {
     const Dropout& dropout = p.features.dropout;
@@ -171,6 +186,9 @@ inline Result forward(const ForwardParams& p) {
   return r;
 }
 
+/// In units of fp32's roundoff (in fp64 far below one): a weight below 2^-126 may become 0.
+constexpr double kWeightUnderflow = 0x1p-102;
+
 /// Where the bias of a pair lies in the bias's own shape (sizes of 1 broadcast).
 inline int64_t bias_index(const int (&shape)[4], ScoreCoord c) {
   const int at[4] = {c.batch, c.head, c.q, c.k};
@@ -179,8 +197,14 @@ inline int64_t bias_index(const int (&shape)[4], ScoreCoord c) {
   return index;
 }
 
-/// dq, dk, dv, dbias, dslopes, dsink of BackwardParams, from its q, k, v, dout, dlse alone.
-inline Gradients backward(const BackwardParams& p) {
+/// dq, dk, dv, dbias, dslopes, dsink of BackwardParams. Of out and lse it takes what `saved` holds,
+/// or the formula's: then all comes from q, k, v, dout, dlse alone.
+///
+/// `error_units`, if wanted, becomes to first order how far each result may be off in units of the
+/// roundoff: where a product or sum rounds, by the size of its terms, and by what errors before it
+/// make of it. A sum of n terms is taken to round once by the sum of their sizes.
+inline Gradients backward(const BackwardParams& p, const Result* saved = nullptr,
+                          Gradients* error_units = nullptr) {
   const int sq = p.q_layout.max, sk = p.k_layout.max, dqk = p.head_dim, dv = p.head_dim_v;
   const DType acc = accumulation(p.dtype);
   int64_t bias_size = 1;
@@ -191,47 +215,70 @@ inline Gradients backward(const BackwardParams& p) {
               std::vector<double>(bias_size, 0.0),
               std::vector<double>((p.slopes_per_batch ? p.batch : 1) * p.num_heads, 0.0),
               std::vector<double>(p.num_heads, 0.0)};
+  Gradients e = g;
+  const Result formula = saved ? Result{} : forward(p);
+  const Result& result = saved ? *saved : formula;
   for (int b = 0; b < p.batch; ++b) {
     for (int h = 0; h < p.num_heads; ++h) {
       const Head head{p, b, h};
       for (int i = 0; i < head.qs.length; ++i) {
-        const double lse = head.lse(i);
         const int64_t row = (int64_t(b) * p.num_heads + h) * sq + i;
+        const double lse = result.lse[row];
         auto dout = [&](int d) {
           return load(p.dtype, p.dout.data, p.dout.offset(head.qs, h) + i * p.dout.row_stride + d);
         };
+        // delta = rowsum(O o dO) - dLSE
         const double dlse = p.dlse.data ? load(acc, p.dlse.data, p.dlse.offset(head.qs, h) + i) : 0;
-        std::vector<double> weight(head.ks.length), dp(head.ks.length, 0.0);
-        double delta = -dlse;  // rowsum(P o dP) - dLSE = rowsum(O o dO) - dLSE
-        for (int j = 0; j < head.ks.length; ++j) {
-          weight[j] = head.weight(i, j, lse);
-          if (!head.kept(i, j)) continue;
-          for (int d = 0; d < dv; ++d) dp[j] += dout(d) * head.v(j, d);
-          dp[j] *= head.dropout_factor(i, j);
-          delta += weight[j] * dp[j];
+        double delta = -dlse, e_delta = std::fabs(dlse);
+        for (int d = 0; d < dv; ++d) {
+          const double term = result.out[row * dv + d] * dout(d);
+          delta += term, e_delta += std::fabs(term);
         }
-        if (p.features.sink.enabled()) {
-          const double weight_of_sink = lse == -INFINITY ? 0 : std::exp(head.sink() - lse);
-          g.dsink[h] -= weight_of_sink * delta;
+        if (p.features.sink.enabled() && lse != -INFINITY) {
+          const double weight = std::exp(head.sink() - lse);
+          const double e_weight = weight * (1 + std::fabs(head.sink()) + std::fabs(lse));
+          g.dsink[h] -= weight * delta;
+          e.dsink[h] += weight * e_delta + e_weight * std::fabs(delta);
         }
         for (int j = 0; j < head.ks.length; ++j) {
-          if (!head.kept(i, j) || weight[j] == 0) continue;
+          const double weight = head.weight(i, j, lse);
+          if (weight == 0) continue;
           const int64_t key = (int64_t(b) * p.num_heads_k + head.hk) * sk + j;
-          const double ds = weight[j] * (dp[j] - delta);
-          if (bias_size) g.dbias[bias_index(p.bias_shape, {b, h, i, j})] += ds;
-          if (p.features.score_mod.alibi_slopes)
-            g.dslopes[(p.slopes_per_batch ? b * p.num_heads : 0) + h] -= ds * head.distance(i, j);
-          const double dscore = ds * head.score(i, j).slope * p.softmax_scale;
+          const ModifiedScore<double> s = head.score(i, j);
+          const ModifiedScore<double> e_s = head.score_error_units(i, j, s);
+          const double e_weight = weight * (1 + e_s.score + std::fabs(lse)) + kWeightUnderflow;
+          const double factor = head.dropout_factor(i, j);
+          double dp = 0, e_dp = 0;
+          for (int d = 0; d < dv; ++d) {
+            const double term = factor * dout(d) * head.v(j, d);
+            dp += term, e_dp += std::fabs(term);
+            g.dv[key * dv + d] += weight * factor * dout(d);
+            e.dv[key * dv + d] += e_weight * factor * std::fabs(dout(d));
+          }
+          const double ds = weight * (dp - delta);
+          const double e_ds = weight * (e_dp + e_delta) + e_weight * std::fabs(dp - delta);
+          if (bias_size) {
+            const int64_t at = bias_index(p.bias_shape, {b, h, i, j});
+            g.dbias[at] += ds, e.dbias[at] += e_ds;
+          }
+          if (p.features.score_mod.alibi_slopes) {
+            const int at = (p.slopes_per_batch ? b * p.num_heads : 0) + h;
+            g.dslopes[at] -= ds * head.distance(i, j), e.dslopes[at] += e_ds * head.distance(i, j);
+          }
+          const double dscore = ds * s.slope * p.softmax_scale;
+          const double e_dscore =
+              (e_ds * s.slope + std::fabs(ds) * e_s.slope) * std::fabs(p.softmax_scale);
           for (int d = 0; d < dqk; ++d) {
             g.dq[row * dqk + d] += dscore * head.k(j, d);
             g.dk[key * dqk + d] += dscore * head.q(i, d);
+            e.dq[row * dqk + d] += e_dscore * std::fabs(head.k(j, d));
+            e.dk[key * dqk + d] += e_dscore * std::fabs(head.q(i, d));
           }
-          const double dropped = weight[j] * head.dropout_factor(i, j);
-          for (int d = 0; d < dv; ++d) g.dv[key * dv + d] += dropped * dout(d);
         }
       }
     }
   }
+  if (error_units) *error_units = std::move(e);
   return g;
 }
 

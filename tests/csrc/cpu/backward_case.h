@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// A random call of the CPU backward: out and lse are the formula's, rounded; gradients and
-// workspace are full of NaN beforehand.
+// A random call of the CPU backward: out and lse are the formula's, rounded (`saved`); gradients
+// and workspace are full of NaN beforehand.
 #pragma once
 
 #include "cpu/forward_case.h"
@@ -10,21 +10,24 @@ namespace flash {
 class BackwardCall {
  public:
   BackwardParams p{};
+  reference::Result saved;
 
   BackwardCall(const ForwardCase& c, bool with_dlse, uint64_t seed)
       : forward_(c, seed), generator_(seed + 1) {
     static_cast<ForwardParams&>(p) = forward_.p;
+    saved = reference::forward(p);
     const bool packed = p.q_layout.packed();
     const int64_t q_rows = packed ? p.q_layout.total : c.sq, q_batch = packed ? 1 : c.batch;
     const int64_t k_rows = packed ? p.k_layout.total : c.sk;
-    const reference::Result result = reference::forward(p);
     for_each_row(p.q_layout, c.heads, [&](int b, int h, int i, const Sequence& s) {
       const int64_t row = (int64_t(b) * c.heads + h) * c.sq + i;
-      reference::store(accumulation(), p.lse.data, p.lse.offset(s, h) + i, result.lse[row]);
-      for (int d = 0; d < c.dv; ++d) {
-        reference::store(c.dtype, p.out.data, p.out.offset(s, h) + i * p.out.row_stride + d,
-                         result.out[row * c.dv + d]);
-      }
+      auto round = [](DType dtype, void* data, int64_t at, double& value) {
+        reference::store(dtype, data, at, value);
+        value = reference::load(dtype, data, at);
+      };
+      round(accumulation(), p.lse.data, p.lse.offset(s, h) + i, saved.lse[row]);
+      const int64_t at = p.out.offset(s, h) + i * p.out.row_stride;
+      for (int d = 0; d < c.dv; ++d) round(c.dtype, p.out.data, at + d, saved.out[row * c.dv + d]);
     });
     p.dout = tensor(q_batch, c.heads, q_rows, c.dv, 1);
     if (with_dlse) {

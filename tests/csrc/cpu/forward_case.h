@@ -33,6 +33,21 @@ inline double roundoff(DType dtype) {
   return 0;
 }
 
+/// Half the distance of the smallest numbers: what rounding is off by near 0.
+inline double half_spacing_at_0(DType dtype) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return 0x1p-134;
+    case DType::kFloat16:
+      return 0x1p-25;
+    case DType::kFloat32:
+      return 0x1p-150;
+    case DType::kFloat64:
+      return 0;
+  }
+  return 0;
+}
+
 inline bool same_bits(const std::vector<double>& a, const std::vector<double>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
 }

@@ -77,7 +77,7 @@ Verdict compare(const Case& c, const Problem& problem, bool rounds_once, bool ha
   verdict += compare_row_values("lse", problem.accumulation(), p.lse, p.q_layout, c.batch, c.heads,
                                 forward.lse, -INFINITY, fine);
   if (has_backward) {
-    const auto backward = reference::backward(p);
+    const auto backward = reference::backward(p, &forward);
     verdict += rows("dq", p.dq, true, c.d, backward.dq, gradient_bound) +
                rows("dk", p.dk, false, c.d, backward.dk, gradient_bound) +
                rows("dv", p.dv, false, c.dv, backward.dv, gradient_bound);
