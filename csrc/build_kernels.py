@@ -43,7 +43,8 @@ ISA_FLAGS = {
         "-mavx2 -mfma -mf16c -mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512"
     ),
 }
-ISA_FLAGS["amx"] = ISA_FLAGS["avx512"] + " -mavx512bf16 -mamx-tile -mamx-bf16"
+ISA_FLAGS["avx512_bf16"] = ISA_FLAGS["avx512"] + " -mavx512bf16"
+ISA_FLAGS["amx"] = ISA_FLAGS["avx512_bf16"] + " -mamx-tile -mamx-bf16"
 NVCC_FLAGS = (
     "-std=c++20 -O3 --expt-relaxed-constexpr -Icsrc"
     " -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
@@ -318,7 +319,12 @@ def spill_gate(plan: Plan) -> None:
 
 
 def _machine_runs(test: Path) -> bool:
-    flags = {"avx2": "avx2", "avx512": "avx512vl", "amx": "amx_bf16"}
+    flags = {
+        "avx2": "avx2",
+        "avx512": "avx512vl",
+        "avx512_bf16": "avx512_bf16",
+        "amx": "amx_bf16",
+    }
     needed = next((flag for isa, flag in flags.items() if f".{isa}." in test.name), "")
     return not needed or needed in Path("/proc/cpuinfo").read_text()
 

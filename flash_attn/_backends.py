@@ -80,7 +80,7 @@ def use_backend(name: str) -> Iterator[None]:
 @contextmanager
 def use_cpu_isa(name: str) -> Iterator[None]:
     """Within it, the CPU backend uses the named instruction set: "portable", "avx2", "avx512",
-    "amx".
+    "avx512_bf16", "amx".
 
     Process-wide, read twice by each call: not to be entered or left while another thread computes.
 

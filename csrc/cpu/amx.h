@@ -67,29 +67,38 @@ FLASH_INLINE void tile_multiply() {
 
 #else
 
+static thread_local int tile_scopes;  ///< of the thread; without one, an instruction traps
+
 struct TileScope {
-  TileScope() {}  // a scope, to the compiler
+  TileScope() { ++tile_scopes; }
+  ~TileScope() { --tile_scopes; }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
 };
 
 union TileMemory {
   uint32_t pairs[16][16];
   float sums[16][16];
 };
-static thread_local TileMemory tile_memory[8];
+static thread_local TileMemory tiles_of_thread[8];
+inline TileMemory& tile_memory(int tile) {
+  if (!tile_scopes) __builtin_trap();
+  return tiles_of_thread[tile];
+}
 
 template <int kTile>
 FLASH_INLINE void tile_zero() {
-  std::memset(&tile_memory[kTile], 0, sizeof(TileMemory));
+  std::memset(&tile_memory(kTile), 0, sizeof(TileMemory));
 }
 template <int kTile>
 FLASH_INLINE void tile_load(const void* rows, int64_t stride) {
   for (int r = 0; r < 16; ++r)
-    std::memcpy(tile_memory[kTile].pairs[r], static_cast<const char*>(rows) + r * stride, 64);
+    std::memcpy(tile_memory(kTile).pairs[r], static_cast<const char*>(rows) + r * stride, 64);
 }
 template <int kTile>
 FLASH_INLINE void tile_store(void* rows, int64_t stride) {
   for (int r = 0; r < 16; ++r)
-    std::memcpy(static_cast<char*>(rows) + r * stride, tile_memory[kTile].pairs[r], 64);
+    std::memcpy(static_cast<char*>(rows) + r * stride, tile_memory(kTile).pairs[r], 64);
 }
 template <int kC, int kA, int kB>
 FLASH_INLINE void tile_multiply() {
@@ -101,9 +110,9 @@ FLASH_INLINE void tile_multiply() {
   };
   for (int r = 0; r < 16; ++r) {
     for (int c = 0; c < 16; ++c) {
-      float& sum = tile_memory[kC].sums[r][c];
+      float& sum = tile_memory(kC).sums[r][c];
       for (int x = 0; x < 16; ++x) {
-        const uint32_t a = tile_memory[kA].pairs[r][x], b = tile_memory[kB].pairs[x][c];
+        const uint32_t a = tile_memory(kA).pairs[r][x], b = tile_memory(kB).pairs[x][c];
         sum = normal(sum + normal(number(a << 16) * number(b << 16)));
         sum = normal(sum + normal(number(a & 0xffff0000) * number(b & 0xffff0000)));
       }
@@ -113,22 +122,26 @@ FLASH_INLINE void tile_multiply() {
 
 #endif
 
-template <int kFirst, int kEnd>
-FLASH_INLINE void zero_tiles() {
+template <int kFirst, int kEnd, bool kLoads>
+FLASH_INLINE void begin_tiles(const float* from, int64_t pitch) {
   if constexpr (kFirst < kEnd) {
-    tile_zero<kFirst>();
-    zero_tiles<kFirst + 1, kEnd>();
+    if constexpr (kLoads) {
+      tile_load<kFirst>(from, pitch * 4);
+    } else {
+      tile_zero<kFirst>();
+    }
+    begin_tiles<kFirst + 1, kEnd, kLoads>(from + 16, pitch);
   }
 }
 /// Tiles kFirst ... kEnd - 1 += A B, A the loaded one; B is 16 rows of pairs, (16, pitch), of which
 /// each tile takes 16 columns.
 template <int kFirst, int kEnd>
-FLASH_INLINE void multiply_pairs(const char* pairs, int64_t pitch) {
+FLASH_INLINE void multiply_tiles(const char* pairs, int64_t pitch) {
   static_assert(kEnd <= kLeftTile);
   if constexpr (kFirst < kEnd) {
     tile_load<kRightTile>(pairs, pitch * 4);
     tile_multiply<kFirst, kLeftTile, kRightTile>();
-    multiply_pairs<kFirst + 1, kEnd>(pairs + 64, pitch);
+    multiply_tiles<kFirst + 1, kEnd>(pairs + 64, pitch);
   }
 }
 template <int kFirst, int kEnd>
@@ -139,23 +152,25 @@ FLASH_INLINE void store_tiles(float* to, int64_t pitch) {
   }
 }
 
-/// out = A B: A one or two strips of 16 rows of bf16, a_stride bytes apart, of `steps` times 32
-/// columns; B in pairs, (16 steps, pitch); out (16 kStrips, pitch). Six tiles of sums at most:
-/// eight loads for six products.
-template <int kStrips, int kVectors>
+/// out = A B or += A B: A one or two strips of 16 rows of bf16, a_stride bytes apart, of `steps`
+/// times 32 columns; B in pairs, (16 steps, pitch); out (16 kStrips, out_pitch). Six tiles of sums
+/// at most: eight loads for six products.
+template <int kStrips, int kVectors, bool kAdds>
 FLASH_INLINE void multiply_strips(const char* a, int64_t a_stride, const char* pairs, int64_t pitch,
-                                  int steps, float* out) {
-  zero_tiles<0, kStrips * kVectors>();
+                                  int steps, float* out, int64_t out_pitch) {
+  float* second = out + 16 * out_pitch;
+  begin_tiles<0, kVectors, kAdds>(out, out_pitch);
+  if constexpr (kStrips == 2) begin_tiles<kVectors, 2 * kVectors, kAdds>(second, out_pitch);
   for (int step = 0; step < steps; ++step, a += 64, pairs += 16 * pitch * 4) {
     tile_load<kLeftTile>(a, a_stride);
-    multiply_pairs<0, kVectors>(pairs, pitch);
+    multiply_tiles<0, kVectors>(pairs, pitch);
     if constexpr (kStrips == 2) {
       tile_load<kLeftTile>(a + 16 * a_stride, a_stride);
-      multiply_pairs<kVectors, 2 * kVectors>(pairs, pitch);
+      multiply_tiles<kVectors, 2 * kVectors>(pairs, pitch);
     }
   }
-  store_tiles<0, kVectors>(out, pitch);
-  if constexpr (kStrips == 2) store_tiles<kVectors, 2 * kVectors>(out + 16 * pitch, pitch);
+  store_tiles<0, kVectors>(out, out_pitch);
+  if constexpr (kStrips == 2) store_tiles<kVectors, 2 * kVectors>(second, out_pitch);
 }
 
 }  // namespace

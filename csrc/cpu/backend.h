@@ -8,7 +8,7 @@ namespace flash::cpu {
 const Backend& backend();
 
 /// Instruction sets that this build has and this machine runs, best last: "portable", "avx2",
-/// "avx512", "amx".
+/// "avx512", "avx512_bf16", "amx".
 std::vector<std::string> available_isas();
 /// Name of the one in use.
 const char* current_isa();

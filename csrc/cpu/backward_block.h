@@ -2,11 +2,12 @@
 //
 // FlashAttention-2, Algorithm 2, for one block of keys of one kv head:
 //   for each query head that shares it, for each chunk of queries, the last first:
-//     S = Q K^T,  dP = dO V^T                      score_product
+//     S = Q K^T,  dP = dO V^T
 //     P = exp(S - lse),  dS = P o (dP - delta)     weigh_pairs, with the features
-//     dV += P^T dO,  dK += dS^T Q                  add_product on columns
-//     dQ += dS K                                   add_product on rows, in the order of the blocks
-// dK and dV of the block stay with the worker, dQ with the head; each is rounded once. dS carries
+//     dV += P^T dO,  dK += dS^T Q
+//     dQ += dS K                                   in the order of the blocks
+// The products are those of BlockOperands (backward_panels.h, for bf16 backward_pairs.h). dK and dV
+// of the block stay with the worker, dQ with the head; each is rounded once. dS carries
 // softmax_scale. A chunk counts the blocks that have added to it, and a block waits for its turn,
 // so the sums are those of one worker whatever the number of workers. A block only waits for
 // earlier ones, which have been taken by running workers: nobody waits for ever.
@@ -21,19 +22,6 @@
 
 namespace flash::cpu {
 namespace {
-
-/// What weigh_pairs has to look at.
-enum class Pairs { kAllKept, kInterval, kGeneral };
-
-/// A chunk's rows and a block's keys, cut to those that meet. Rows count from the chunk's first,
-/// keys from the block's.
-struct Step {
-  Chunk chunk;
-  int k_begin;
-  Range rows, keys;
-  Pairs pairs;
-  bool covers_all;  ///< rows and keys are all there are
-};
 
 void wait_for_turn(const int32_t* blocks_done, int block) {
   for (int spins = 0; __atomic_load_n(blocks_done, __ATOMIC_ACQUIRE) != block; ++spins) {
@@ -65,22 +53,42 @@ bool meet(const KvHead& head, const Chunk& chunk, int block, Step& step) {
     while (begin < end && mask.key_end(first + begin) <= k_begin) ++begin;
     while (begin < end && mask.key_begin(first + end - 1) >= k_end) --end;
     // Whole tiles, and with features also the whole rows of 16 that dropout decides together.
-    const int start = head.variant == Variant::kGeneral ? 8 * kPanelRows : kPanelRows;
+    constexpr int kRowsOfBoth = kRowStep % 16 == 0 ? kRowStep : 8 * kRowStep;
+    const int start = head.variant == Variant::kGeneral ? kRowsOfBoth : kRowStep;
     begin = begin / start * start;
-    end = smaller(round_up(end, kPanelRows), chunk.rows);
+    end = smaller(round_up(end, kRowStep), chunk.rows);
     any = mask.any_keys(first + begin, first + end);
   }
+  step.is_cut = step.pairs == Pairs::kInterval;
   if (head.variant == Variant::kGeneral) step.pairs = Pairs::kGeneral;
   step.keys = {larger(any.begin, k_begin) - k_begin, smaller(any.end, k_end) - k_begin};
   step.covers_all = step.rows.begin == 0 && step.rows.end == chunk.rows && step.keys.begin == 0 &&
-                    step.keys.end == k_end - k_begin;
+                    step.keys.end == k_end - k_begin && !(step.is_cut && kRowsOfCut < chunk.rows);
   return true;
+}
+/// The rows [begin, end) of a step, with the keys that these meet; false if there are none.
+bool cut(const KvHead& head, const Step& step, int begin, int end, Step& part) {
+  part = step;
+  part.rows = {begin, end};
+  if (!step.is_cut) return true;
+  const int first = step.chunk.first_row;
+  const Range any = head.mask.any_keys(first + begin, first + end);
+  part.keys = {larger(any.begin - step.k_begin, step.keys.begin),
+               smaller(any.end - step.k_begin, step.keys.end)};
+  return part.keys.begin < part.keys.end;
+}
+
+/// What of the scale S is still to be multiplied by.
+FLASH_INLINE Vector scaled(const BlockOperands& block, Vector score) {
+  return kHasPairs ? score * splat(block.scale_of_scores) : score;
 }
 
 /// P = exp(S - lse) and dS = softmax_scale P o (dP - delta), in place, where there is nothing but
 /// an interval of keys.
 template <Pairs kPairs>
-FLASH_NOINLINE void weigh_plain_pairs(const KvHead& head, const Step& step, Real* p, Real* ds) {
+FLASH_NOINLINE void weigh_plain_pairs(const KvHead& head, const Step& step,
+                                      const BlockOperands& block) {
+  Real *const p = block.p, *const ds = block.ds;
   const Vector scale = splat(Real(head.task.p.softmax_scale));
   const int begin = step.keys.begin / kLanes * kLanes;
   for (int i = step.rows.begin; i < step.rows.end; ++i) {
@@ -94,7 +102,7 @@ FLASH_NOINLINE void weigh_plain_pairs(const KvHead& head, const Step& step, Real
     }
     for (int j = begin; j < step.keys.end; j += kLanes) {
       const int64_t at = i * kScorePitch + j;
-      Vector weight = exp2_bounded(not_above_zero(load(p + at) - lse));
+      Vector weight = exp2_bounded(not_above_zero(scaled(block, load(p + at)) - lse));
       Vector gradient = weight * scale * (load(ds + at) - delta);
       if constexpr (kPairs == Pairs::kInterval) {
         const IntVector index = lane_numbers() + Int(j);
@@ -130,7 +138,8 @@ void add_bias_row(const BiasGradient& bias, int64_t at, Range keys, const Real* 
 /// The same with every feature; what dS means for bias, slopes and lse goes where it belongs.
 /// Returns the step's part of the gradient of the ALiBi slope.
 FLASH_NOINLINE Real weigh_general_pairs(const KvHead& head, const Step& step, PairRow& row,
-                                        Real* row_sums, Real* p, Real* ds) {
+                                        Real* row_sums, const BlockOperands& block) {
+  Real *const p = block.p, *const ds = block.ds;
   const ForwardParams& params = head.task.p;
   const ScoreMod mod = params.features.score_mod;  // a copy: the loop's stores cannot change it
   const int h = head.query_head(step.chunk.head);
@@ -150,7 +159,7 @@ FLASH_NOINLINE Real weigh_general_pairs(const KvHead& head, const Step& step, Pa
     const KeyRow keys = lanes.enter_row(q, lse);
     for (int j = begin; j < step.keys.end; j += kLanes) {
       const int64_t at = i * kScorePitch + j;
-      const WeightVector w = keys.weigh(mod, j, load(p + at), lse, !of_weights);
+      const WeightVector w = keys.weigh(mod, j, scaled(block, load(p + at)), lse, !of_weights);
       Vector weight = w.weight, dp = load(ds + at);
       if (has_dropout) {
         const Vector factor = keys.dropout_factor(j);
@@ -192,93 +201,63 @@ void read_weight_gradients(const KvHead& head, const Step& step, Real* dp) {
 
 /// A block of keys in work.
 struct KeyBlock {
-  BlockScratch scratch;
+  BlockOperands operands;
   PairRow& row;
   bool is_finite;
-
-  /// scores = left right for the keys of the step.
-  void score(const Step& step, const Real* left, int width, const Real* right, Real* scores) const {
-    const int rows = round_up(step.rows.end, kPanelRows) - step.rows.begin;
-    for (int j = step.keys.begin / kPanel * kPanel; j < step.keys.end; j += kPanel) {
-      with_vectors(step.keys.end - j, [&]<int kVectors> {
-        score_product<kVectors>(left + step.rows.begin * kPanel, int64_t(kChunkQueries) * kPanel,
-                                rows, width, right + int64_t(j) * width,
-                                scores + step.rows.begin * kScorePitch + j);
-      });
-    }
-  }
-  /// sums += transposed(weights) right over the rows of the step, right a packed chunk.
-  void add_to_keys(const Step& step, bool by_pairs, const Real* weights, const Real* others,
-                   const Real* right, int width, Real* sums) const {
-    const int first = step.keys.begin / 2 * 2, keys = round_up(step.keys.end, 2) - first;
-    const int rows = step.rows.end - step.rows.begin;
-    const int64_t at = step.rows.begin * kScorePitch + first;
-    for (int c = 0; c < width; c += kPanel) {
-      const Real* panel = right + int64_t(c) * kChunkQueries + step.rows.begin * kPanel;
-      Real* to = sums + int64_t(c) * kBlockKeys + first * kPanel;
-      if (by_pairs) {
-        add_product_of_kept_pairs(weights + at, others + at, 1, kScorePitch, keys, panel, rows, to);
-        continue;
-      }
-      with_vectors(width - c, [&]<int kVectors> {
-        add_product<kVectors>(weights + at, 1, kScorePitch, keys, panel, rows, to);
-      });
-    }
-  }
-  /// dQ += dS K over the keys of the step.
-  void add_to_queries(const Step& step, bool by_pairs, int width) const {
-    const int rows = round_up(step.rows.end, kPanelRows) - step.rows.begin;
-    const int64_t at = step.rows.begin * kScorePitch + step.keys.begin;
-    const int keys = step.keys.end - step.keys.begin;
-    for (int c = 0; c < width; c += kPanel) {
-      const Real* panel = scratch.k + int64_t(c) * kBlockKeys + step.keys.begin * kPanel;
-      Real* to = step.chunk.dq + int64_t(c) * kChunkQueries + step.rows.begin * kPanel;
-      if (by_pairs) {
-        add_product_of_kept_pairs(scratch.ds + at, scratch.p + at, kScorePitch, 1, rows, panel,
-                                  keys, to);
-        continue;
-      }
-      with_vectors(width - c, [&]<int kVectors> {
-        add_product<kVectors>(scratch.ds + at, kScorePitch, 1, rows, panel, keys, to);
-      });
-    }
-  }
 };
 
-/// One chunk against the block. Returns the part of the gradient of the ALiBi slope.
-Real run_step(const KvHead& head, int n, const Step& step, const KeyBlock& block) {
-  const GradientTask& task = head.task;
-  const ForwardParams& p = task.p;
-  const BlockScratch& s = block.scratch;
+/// S, dP, P and dS of some rows of a step. Returns their part of the gradient of the ALiBi slope.
+Real weigh(const KvHead& head, const Step& step, const KeyBlock& block, Real* row_sums) {
+  const BlockOperands& s = block.operands;
   Real slope_sum = 0;
-  alignas(64) Real row_sums[kChunkQueries];
-  block.score(step, step.chunk.q, p.head_dim, s.k_t, s.p);
-  if (task.of_weights()) {
+  s.multiply_scores(step);
+  if (head.task.of_weights()) {
     read_weight_gradients(head, step, s.ds);
-  } else if (task.wants_ds()) {
-    block.score(step, step.chunk.dout, p.head_dim_v, s.v_t, s.ds);
+  } else if (head.task.wants_ds()) {
+    s.multiply_gradients(step);
   }
   switch (step.pairs) {
     case Pairs::kAllKept:
-      weigh_plain_pairs<Pairs::kAllKept>(head, step, s.p, s.ds);
+      weigh_plain_pairs<Pairs::kAllKept>(head, step, s);
       break;
     case Pairs::kInterval:
-      weigh_plain_pairs<Pairs::kInterval>(head, step, s.p, s.ds);
+      weigh_plain_pairs<Pairs::kInterval>(head, step, s);
       break;
     case Pairs::kGeneral:
-      slope_sum = weigh_general_pairs(head, step, block.row, row_sums, s.p, s.ds);
+      slope_sum = weigh_general_pairs(head, step, block.row, row_sums, s);
       break;
+  }
+  s.round_weights(step);
+  return slope_sum;
+}
+
+/// One chunk against the block: kRowsOfCut rows after each other, so that their pairs stay in L1
+/// until they are operands, and, where the mask cuts the step, its corners are left out. Returns
+/// the part of the gradient of the ALiBi slope.
+Real run_step(const KvHead& head, int n, const Step& step, const KeyBlock& block) {
+  const GradientTask& task = head.task;
+  const BlockOperands& s = block.operands;
+  Real slope_sum = 0;
+  alignas(64) Real row_sums[kChunkQueries] = {};
+  Step parts[kChunkQueries / kRowsOfCut];
+  int num_parts = 0;
+  const int at_once = step.is_cut ? kRowsOfCut : kChunkQueries;
+  for (int begin = step.rows.begin; begin < step.rows.end; begin += at_once) {
+    Step& part = parts[num_parts];
+    if (!cut(head, step, begin, smaller(begin + at_once, step.rows.end), part)) continue;
+    slope_sum += weigh(head, part, block, row_sums);
+    ++num_parts;
   }
   const bool by_pairs =
       step.pairs != Pairs::kAllKept && (!block.is_finite || *step.chunk.flags & Chunk::kNotFinite);
-  if (task.dv.data) {
-    block.add_to_keys(step, by_pairs, s.p, s.ds, step.chunk.dout, p.head_dim_v, s.dv);
+  for (int i = 0; i < num_parts; ++i) {
+    if (task.dv.data) s.add_to_values(parts[i], by_pairs);
+    if (task.dk.data) s.add_to_keys(parts[i], by_pairs);
   }
-  if (task.dk.data) block.add_to_keys(step, by_pairs, s.ds, s.p, step.chunk.q, p.head_dim, s.dk);
   const bool adds_row_sums = task.lse_gradient.data || head.bias.over_keys;
   if (task.dq.data || adds_row_sums) {
     wait_for_turn(step.chunk.blocks_done, n);
-    if (task.dq.data) block.add_to_queries(step, by_pairs, p.head_dim);
+    for (int i = 0; task.dq.data && i < num_parts; ++i) s.add_to_queries(parts[i], by_pairs);
     if (adds_row_sums) {
       for (int i = step.rows.begin; i < step.rows.end; ++i) step.chunk.row_sums[i] += row_sums[i];
     }
@@ -289,7 +268,7 @@ Real run_step(const KvHead& head, int n, const Step& step, const KeyBlock& block
 
 /// dK and dV of block n, and its part of everything else.
 void run_block(const KvHead& head, int n, KeyBlock& block) {
-  block.is_finite = load_block(head, n, block.scratch);
+  block.is_finite = block.operands.load_block(head, n);
   const HeadScratch& scratch = head.scratch;
   for (int g = 0; g < head.task.p.gqa_ratio(); ++g) {
     Real slope_sum = 0;
@@ -302,7 +281,7 @@ void run_block(const KvHead& head, int n, KeyBlock& block) {
     }
     scratch.slope_sums[int64_t(g) * scratch.num_blocks + n] = slope_sum;
   }
-  store_block(head, n, block.scratch);
+  block.operands.store_block(head, n);
 }
 
 }  // namespace

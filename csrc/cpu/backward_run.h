@@ -75,7 +75,7 @@ class BackwardRun {
   }
 
   struct WorkerScratch {
-    BlockScratch block;
+    BlockOperands block;
     PairRow* row;
   };
   /// Lays out the workspace: sums of the call, one block per worker, heads. Heads in work together
@@ -88,7 +88,7 @@ class BackwardRun {
     sink_sums_ = arena.take<Real>(task_.dsink ? heads : 0);
     if (!has_heads()) return;
     worker_bytes_ = bytes_of([&](Arena& a) { take_worker(a); });
-    head_bytes_ = bytes_of([&](Arena& a) { HeadScratch(a, task_, longest_q_, longest_k_); });
+    head_bytes_ = bytes_of([&](Arena& a) { head_scratch(a, longest_q_, longest_k_); });
     workers_ = arena.take<char>(worker_bytes_ * num_workers_);
     bool any_alone = false;
     for (int b = 0; b < p.batch; ++b) any_alone |= !together(b);
@@ -101,12 +101,15 @@ class BackwardRun {
     return arena.used();
   }
   WorkerScratch take_worker(Arena& arena) const {
-    return {BlockScratch(arena, task_), arena.take<PairRow>(variant_ == Variant::kGeneral)};
+    return {BlockOperands(arena, task_), arena.take<PairRow>(variant_ == Variant::kGeneral)};
   }
   KeyBlock block_of(int worker) const {
     Arena arena(workers_ + worker * worker_bytes_);
     const WorkerScratch scratch = take_worker(arena);
     return {scratch.block, *scratch.row, true};
+  }
+  HeadScratch head_scratch(Arena& arena, int seqlen_q, int seqlen_k) const {
+    return HeadScratch(arena, task_, chunk_sizes(task_), seqlen_q, seqlen_k);
   }
   KvHead head_of(int64_t index, int slot) const {
     const int b = int(index / task_.p.num_heads_k), hk = int(index % task_.p.num_heads_k);
@@ -120,7 +123,7 @@ class BackwardRun {
             .q_rows = q,
             .k_rows = k,
             .mask = task_.p.mask_of(q, k),
-            .scratch = HeadScratch(arena, task_, q.length, k.length)};
+            .scratch = head_scratch(arena, q.length, k.length)};
   }
 
   void run_heads_alone(const Launch& launch) {
@@ -155,10 +158,14 @@ class BackwardRun {
   }
   template <class F>
   void on_workers(const Launch& launch, F& work) const {
+    auto in_scope = [&](int worker) {
+      const ProductScope scope;
+      work(worker);
+    };
     if (num_workers_ == 1) {
-      work(0);
+      in_scope(0);
     } else {
-      run_workers(launch, work);
+      run_workers(launch, in_scope);
     }
   }
   template <class F>

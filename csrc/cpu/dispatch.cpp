@@ -16,7 +16,7 @@ struct Choices {
 #if defined(__x86_64__)
   const Kernels& avx2;
   const Kernels& avx512;
-  const Kernels& amx;  ///< of bf16
+  const Kernels &avx512_bf16, &amx;  ///< of bf16
 #endif
 
   const Kernels& of(DType dtype) const {
@@ -25,6 +25,8 @@ struct Choices {
     switch (active_isa()) {
       case Isa::kAmx:
         return dtype == DType::kBFloat16 ? amx : avx512;
+      case Isa::kAvx512Bf16:
+        return dtype == DType::kBFloat16 ? avx512_bf16 : avx512;
       case Isa::kAvx512:
         return avx512;
       case Isa::kAvx2:
@@ -38,14 +40,22 @@ struct Choices {
 };
 
 #if defined(__x86_64__)
-#define FLASH_CPU_CHOICES(kernel, amx) \
-  {k##kernel##F64Portable, k##kernel##F32Portable, k##kernel##F32Avx2, k##kernel##F32Avx512, amx}
+#define FLASH_CPU_CHOICES(kernel, avx512_bf16, amx) \
+  {k##kernel##F64Portable,                          \
+   k##kernel##F32Portable,                          \
+   k##kernel##F32Avx2,                              \
+   k##kernel##F32Avx512,                            \
+   avx512_bf16,                                     \
+   amx}
 #else
-#define FLASH_CPU_CHOICES(kernel, amx) {k##kernel##F64Portable, k##kernel##F32Portable}
+#define FLASH_CPU_CHOICES(kernel, avx512_bf16, amx) {k##kernel##F64Portable, k##kernel##F32Portable}
 #endif
-constexpr Choices<ForwardKernels> kForward FLASH_CPU_CHOICES(Forward, kForwardBf16Amx);
-constexpr Choices<BackwardKernels> kBackward FLASH_CPU_CHOICES(Backward, kBackwardF32Avx512);
-constexpr Choices<WeightsKernels> kWeights FLASH_CPU_CHOICES(Weights, kWeightsF32Avx512);
+constexpr Choices<ForwardKernels> kForward FLASH_CPU_CHOICES(Forward, kForwardBf16Avx512Bf16,
+                                                             kForwardBf16Amx);
+constexpr Choices<BackwardKernels> kBackward FLASH_CPU_CHOICES(Backward, kBackwardBf16Avx512Bf16,
+                                                               kBackwardF32Avx512);
+constexpr Choices<WeightsKernels> kWeights FLASH_CPU_CHOICES(Weights, kWeightsF32Avx512,
+                                                             kWeightsF32Avx512);
 #undef FLASH_CPU_CHOICES
 
 std::vector<std::string> why_unsupported(const ForwardParams&, bool) { return {}; }

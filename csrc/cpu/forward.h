@@ -22,7 +22,7 @@
 namespace flash::cpu {
 namespace {
 
-/// Q with `scale` (of kTiles a part of it) folded in, zeros where lanes stand for nothing; O, m and
+/// Q with `scale` (of kPairs a part of it) folded in, zeros where lanes stand for nothing; O, m and
 /// l of rows that have seen no key.
 template <Orientation kOrientation, class Element>
 FLASH_NOINLINE void load_queries(const ForwardParams& p, const Sequence& sequence, Real scale,
@@ -37,8 +37,9 @@ FLASH_NOINLINE void load_queries(const ForwardParams& p, const Sequence& sequenc
     const Element* from = row(i);
     for (int x = 0; x < count; ++x) to[x] = widen(from[d + x]) * scale;
   };
-  if constexpr (kOrientation == Orientation::kTiles) {
-    pack_queries(queries.count(), p.head_dim, group.column_step, scale, group.q, row);
+  if constexpr (kOrientation == Orientation::kPairs) {
+    pack_scaled_columns(queries.count(), p.head_dim, group.column_step, scale,
+                        reinterpret_cast<Int*>(group.q), row);
   } else if constexpr (kOrientation == Orientation::kQueries) {
     transpose_rows(queries.count(), p.head_dim, group.column_step, group.q, read);
   } else {
@@ -126,7 +127,7 @@ FLASH_INLINE Rows block_rows(const TensorView& tensor, int64_t head_offset, Rang
   }
 }
 FLASH_INLINE Rows part(const Rows& rows, int first, int count) {
-  return {rows.data + first * rows.stride, rows.stride, count, rows.width};
+  return {rows.data ? rows.data + first * rows.stride : nullptr, rows.stride, count, rows.width};
 }
 
 /// A call, as every worker sees it.
@@ -198,18 +199,18 @@ FLASH_INLINE KeyOperands<kOrientation> load_block(const ForwardCall& call, const
   const auto values = [&] {
     return block_rows<Element>(p.v, v_head, keys, p.head_dim_v, scratch + w.wide_v, w.v_stride);
   };
-  if constexpr (kOrientation == Orientation::kTiles) {
+  if constexpr (kOrientation == Orientation::kPairs) {
     const int count = keys.end - keys.begin;
     const auto* k = static_cast<const Element*>(p.k.data) + k_head + keys.begin * p.k.row_stride;
     const auto* v = static_cast<const Element*>(p.v.data) + v_head + keys.begin * p.v.row_stride;
     KeyOperands<kOrientation> block{
         k, p.k.row_stride, nullptr, {nullptr, 0, count, p.head_dim_v}, p.head_dim, call.scale};
-    if (count < kBlockKeys || p.head_dim % kTileDepth != 0) {
-      auto* copy = reinterpret_cast<Element*>(scratch + w.tile_k);
-      copy_keys(k, p.k.row_stride, count, p.head_dim, copy);
-      block.k = copy, block.k_stride = round_up(p.head_dim, kTileDepth);
+    if (count < kBlockKeys || p.head_dim % kPairDepth != 0) {
+      auto* copy = reinterpret_cast<Element*>(scratch + w.copied_k);
+      copy_rows(k, p.k.row_stride, count, p.head_dim, copy);
+      block.k = copy, block.k_stride = round_up(p.head_dim, kPairDepth);
     }
-    auto* v_t = reinterpret_cast<Element*>(scratch + w.tile_v);
+    auto* v_t = reinterpret_cast<Element*>(scratch + w.v_t);
     if (!pack_values(v, p.v.row_stride, count, p.head_dim_v, v_t)) block.v = values();
     block.v_t = v_t;
     return block;
@@ -222,7 +223,15 @@ FLASH_INLINE KeyOperands<kOrientation> load_block(const ForwardCall& call, const
 template <Orientation kOrientation>
 FLASH_INLINE KeyOperands<kOrientation> part(const KeyOperands<kOrientation>& block, int first,
                                             int count) {
-  return {part(block.k, first, count), part(block.v, first, count)};
+  if constexpr (kOrientation == Orientation::kPairs) {
+    KeyOperands<kOrientation> some = block;
+    some.k += first * block.k_stride;
+    some.v_t += first;
+    some.v = part(block.v, first, count);
+    return some;
+  } else {
+    return {part(block.k, first, count), part(block.v, first, count)};
+  }
 }
 
 template <Orientation kOrientation, Variant kVariant, class Element>
@@ -236,27 +245,22 @@ FLASH_NOINLINE void run_unit(const ForwardCall& call, int64_t index, Real* scrat
       scratch + w.alpha,   {scratch + w.bias, reinterpret_cast<Int*>(scratch + w.kept)},
       scratch + w.dropout, reinterpret_cast<Int*>(scratch + w.weight_pairs),
       scratch + w.sums};
-  // Tiles take whole blocks: keys that no row keeps are masked like others.
-  constexpr bool kWhole = kOrientation == Orientation::kTiles;
+  // Products in pairs begin at whole steps: keys before that no row keeps are masked like others.
+  constexpr int kStep = kOrientation == Orientation::kPairs ? kPairDepth : 1;
   const Range keys = unit.keys;
   for (int begin = keys.begin / kBlockKeys * kBlockKeys; begin < keys.end; begin += kBlockKeys) {
-    const int end = smaller(begin + kBlockKeys, kWhole ? unit.ks.length : keys.end);
-    const Range range{kWhole ? begin : larger(begin, keys.begin), end};
+    const Range range{kStep == 1 ? larger(begin, keys.begin) : begin,
+                      smaller(begin + kBlockKeys, kStep == 1 ? keys.end : unit.ks.length)};
     const auto block = load_block<kOrientation, Element>(call, unit, range, scratch);
     for (int g = 0; g < unit.num_groups; ++g) {
       const Group& group = unit.groups[g];
-      const int k_begin = larger(range.begin, group.any_keys.begin);
+      const int k_begin = larger(range.begin, group.any_keys.begin / kStep * kStep);
       const int count = smaller(range.end, group.any_keys.end) - k_begin;
       if (count <= 0) continue;
       auto step = [&]<int kVectors> {
-        if constexpr (kWhole) {
-          forward_block<kVectors, kVariant, Element>(group, p, call.unit.to_log2, begin, block,
-                                                     block_scratch);
-        } else {
-          forward_block<kVectors, kVariant, Element>(group, p, call.unit.to_log2, k_begin,
-                                                     part(block, k_begin - range.begin, count),
-                                                     block_scratch);
-        }
+        forward_block<kVectors, kVariant, Element>(group, p, call.unit.to_log2, k_begin,
+                                                   part(block, k_begin - range.begin, count),
+                                                   block_scratch);
       };
       const int vectors = group.queries.vectors();
       if (kOrientation == Orientation::kHeadDim || vectors == 1) {
@@ -303,7 +307,7 @@ void forward(const ForwardParams& p, const Launch& launch) {
                    0};
   const auto with = [&]<class Element> {
     using enum Orientation;
-    constexpr Orientation kMany = kHasTiles ? kTiles : kQueries;
+    constexpr Orientation kMany = kHasPairs ? kPairs : kQueries;
     void (*run)(void*, int);
     if (p.features.enabled()) {
       run = few ? work<kHeadDim, Variant::kGeneral, Element>
@@ -313,7 +317,7 @@ void forward(const ForwardParams& p, const Launch& launch) {
     }
     shared ? launch.workers->run(run, &call) : run(&call, 0);
   };
-#if defined(FLASH_CPU_AMX)
+#if defined(FLASH_CPU_BF16)
   with.template operator()<BFloat16>();
 #else
   with_element(p.dtype, with);

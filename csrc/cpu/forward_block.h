@@ -11,8 +11,8 @@
 // the maximum is subtracted first: a row of the lowest finite numbers is a row of equal scores.
 #pragma once
 
-#include "cpu/forward_amx.h"
 #include "cpu/forward_few.h"
+#include "cpu/forward_pairs.h"
 #include "cpu/score.h"
 
 namespace flash::cpu {
@@ -29,16 +29,16 @@ struct Group {
   Real *row_max, *row_sum;
   Lanes lanes;
 };
-/// What the lanes of the two products are; kTiles: queries, by tile registers.
-enum class Orientation { kQueries, kHeadDim, kTiles };
+/// What the lanes of the two products are; kPairs: queries, by pairs of bf16.
+enum class Orientation { kQueries, kHeadDim, kPairs };
 
 /// What a worker needs for the block in hand. Row `x` of an array is a group wide.
 struct BlockScratch {
   Real *s, *new_max, *alpha;
   PairBlock pairs;              ///< kGeneral
   Real* dropout = nullptr;      ///< kGeneral
-  Int* weight_pairs = nullptr;  ///< kTiles: P in pairs of keys
-  Real* sums = nullptr;         ///< kTiles: 32 rows of a product
+  Int* weight_pairs = nullptr;  ///< kPairs: P in pairs of keys
+  Real* sums = nullptr;         ///< kPairs: 32 rows of a product
 };
 
 /// S^T and the running maximum over its keys.
@@ -180,11 +180,11 @@ template <Orientation>
 struct ThreadState {
   ThreadState() {}
 };
-#if defined(FLASH_CPU_AMX)
+#if defined(FLASH_CPU_BF16)
 template <>
-struct KeyOperands<Orientation::kTiles> : TileBlock {};
+struct KeyOperands<Orientation::kPairs> : PairOperands {};
 template <>
-struct ThreadState<Orientation::kTiles> : TileScope {};
+struct ThreadState<Orientation::kPairs> : PairScope {};
 #endif
 
 template <int kVectors>
@@ -213,17 +213,17 @@ FLASH_INLINE void output_product(const Group& group,
                                    : output_few<kFewQueries>;
   output(block.v, scratch.s, group.o, group.o_lane_step, scratch.alpha);
 }
-#if defined(FLASH_CPU_AMX)
+#if defined(FLASH_CPU_BF16)
 template <int kVectors>
-FLASH_INLINE void score_product(const Group& group, const KeyOperands<Orientation::kTiles>& block,
+FLASH_INLINE void score_product(const Group& group, const KeyOperands<Orientation::kPairs>& block,
                                 Real* s, Real* row_max) {
-  score_in_tiles<kVectors>(block, group.q, s, row_max);
+  score_in_pairs<kVectors>(block, reinterpret_cast<const Int*>(group.q), s, row_max);
 }
 template <int kVectors>
-FLASH_INLINE void output_product(const Group& group, const KeyOperands<Orientation::kTiles>& block,
+FLASH_INLINE void output_product(const Group& group, const KeyOperands<Orientation::kPairs>& block,
                                  const BlockScratch& scratch) {
   pack_weights<kVectors>(scratch.s, block.count(), scratch.weight_pairs);
-  output_in_tiles<kVectors>(block, scratch.weight_pairs, scratch.sums, group.o, scratch.alpha);
+  output_in_pairs<kVectors>(block, scratch.weight_pairs, scratch.sums, group.o, scratch.alpha);
   if (!block.has_finite_values()) add_infinite_values<kVectors>(block.v, scratch.s, group.o);
 }
 #endif
@@ -252,7 +252,7 @@ FLASH_INLINE void forward_block(const Group& group, const ForwardParams& p, Real
   const bool marks = may_drop && !block.has_finite_values();
   const auto softmax =
       marks ? softmax_block<kVectors, kVariant, true> : softmax_block<kVectors, kVariant, false>;
-  const bool fetch_v = group.is_first && kOrientation != Orientation::kTiles;
+  const bool fetch_v = group.is_first && kOrientation != Orientation::kPairs;
   softmax(scratch.s, unit, block.v, fetch_v, group.row_max, scratch.new_max, group.row_sum,
           scratch.alpha);
   if (kVariant == Variant::kGeneral && p.features.dropout.enabled()) {
@@ -262,7 +262,7 @@ FLASH_INLINE void forward_block(const Group& group, const ForwardParams& p, Real
         queries, k_begin, num_keys, kPitch, scratch.dropout);
     drop_weights(scratch.dropout, num_keys * kPitch, scratch.s);
   }
-  if (marks && kOrientation != Orientation::kTiles) {
+  if (marks && kOrientation != Orientation::kPairs) {
     output_of_kept_pairs(group, kPitch, block.v, scratch.s, scratch.alpha);
   } else {
     output_product<kVectors>(group, block, scratch);

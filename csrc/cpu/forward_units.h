@@ -52,7 +52,7 @@ struct UnitGrid {
   static UnitGrid of(const ForwardParams& p, int num_workers) {
     const int groups = GroupCut::of(p, p.q_layout.max).groups();
     const int64_t heads = int64_t(p.batch) * p.num_heads_k;
-    constexpr int kUnits = kHasTiles ? 2 : 4;  // of a worker; each packs V for itself
+    constexpr int kUnits = kHasPairs ? 2 : 4;  // of a worker; each packs V for itself
     UnitGrid grid{kUnitGroups, 0, 0};
     for (;; grid.groups_per_unit /= 2) {
       grid.units_per_head = (groups + grid.groups_per_unit - 1) / grid.groups_per_unit;
@@ -68,7 +68,7 @@ struct UnitGrid {
 struct WorkspaceLayout {
   int64_t next = 0;
   int64_t s, new_max, alpha, bias = 0, kept = 0, dropout = 0, wide_k = 0, wide_v = 0;
-  int64_t tile_k = 0, tile_v = 0, weight_pairs = 0, sums = 0;  ///< kTiles
+  int64_t copied_k = 0, v_t = 0, weight_pairs = 0, sums = 0;  ///< kPairs
   int64_t groups, q, o, row_max, row_sum, group_size;  ///< those of a group from its beginning
   int k_stride = 0, v_stride = 0;                      ///< of widened rows
 
@@ -88,16 +88,16 @@ struct WorkspaceLayout {
     if (mod.bias.data) w.bias = w.take(kPairs);
     if (mod.mask.data) w.kept = w.take(kPairs);
     if (p.features.dropout.enabled()) w.dropout = w.take(kPairs);
-    const bool in_tiles = kHasTiles && !has_few_queries(p);
+    const bool in_pairs = kHasPairs && !has_few_queries(p);
     if (element_bytes(p.dtype) < int(sizeof(Real))) {
       w.k_stride = widened_stride(p.head_dim);
       w.v_stride = widened_stride(p.head_dim_v);
-      if (!in_tiles) w.wide_k = w.take(int64_t(kBlockKeys) * w.k_stride);
+      if (!in_pairs) w.wide_k = w.take(int64_t(kBlockKeys) * w.k_stride);
       w.wide_v = w.take(int64_t(kBlockKeys) * w.v_stride);
     }
-    if (in_tiles) {
-      w.tile_k = w.take(int64_t(kBlockKeys) * round_up(p.head_dim, kTileDepth) / 2);
-      w.tile_v = w.take(int64_t(kBlockKeys) * round_up(p.head_dim_v, 32) / 2);
+    if (in_pairs) {
+      w.copied_k = w.take(int64_t(kBlockKeys) * round_up(p.head_dim, kPairDepth) / 2);
+      w.v_t = w.take(int64_t(kBlockKeys) * round_up(p.head_dim_v, 32) / 2);
       w.weight_pairs = w.take(kPairs / 2);
       w.sums = w.take(32 * kGroupQueries);
     }

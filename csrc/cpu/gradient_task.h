@@ -4,14 +4,15 @@
 #pragma once
 
 #include "attention/backend.h"
-#include "cpu/panel.h"
+#include "cpu/rows.h"
+#include "cpu/tile.h"
 
 namespace flash::cpu {
 namespace {
 
-/// Queries that one step takes together: a multiple of kPanelRows and of the 16 rows of dropout.h.
+/// Queries that one step takes together: a multiple of the rows of tiles and of the 16 of
+/// dropout.h.
 constexpr int kChunkQueries = 96;
-static_assert(kChunkQueries % kPanelRows == 0 && kChunkQueries % 16 == 0);
 
 /// The gradients of out and lse, or of the attention weights: either way P is recomputed and
 ///   dS = P o (dP - delta)
@@ -95,74 +96,6 @@ class Arena {
  private:
   char* base_;
   int64_t used_ = 0;
-};
-
-/// Of one worker: a block of keys and the pairs that it forms with a chunk of queries.
-struct BlockScratch {
-  Real *p, *ds;         ///< (kChunkQueries, kScorePitch): S, then P; dP, then dS
-  Real *k, *k_t, *v_t;  ///< K packed; K^T times the score's factor; V^T
-  Real *dk, *dv;        ///< packed sums
-  BlockScratch(Arena& arena, const GradientTask& task) {
-    const int64_t d = panels(task.p.head_dim), dv_panels = panels(task.p.head_dim_v);
-    constexpr int64_t kPiece = int64_t(kBlockKeys) * kPanel;
-    p = arena.take<Real>(int64_t(kChunkQueries) * kScorePitch);
-    ds = arena.take<Real>(int64_t(kChunkQueries) * kScorePitch);
-    k = arena.take<Real>(d * kPiece);
-    k_t = arena.take<Real>(d * kPiece);
-    dk = arena.take<Real>(d * kPiece);
-    v_t = arena.take<Real>(dv_panels * kPiece);
-    dv = arena.take<Real>(dv_panels * kPiece);
-  }
-};
-
-/// Some rows of one query head, as the steps want them.
-struct Chunk {
-  Real *q, *dout, *dq;           ///< packed, panels kChunkQueries rows apart
-  Real *lse, *delta, *row_sums;  ///< per row; row_sums = rowsum(dS)
-  int32_t* blocks_done;          ///< the next block of keys that may add to dq and row_sums
-  uint8_t* flags;
-  int head, first_row, rows;
-
-  static constexpr uint8_t kHasEmptyRow = 1, kNotFinite = 2;
-};
-
-/// One kv head in work: the packed rows of all its query heads.
-struct HeadScratch {
-  int num_chunks, num_blocks, dq_width, dout_width;
-  Real *q, *dout, *dq, *lse, *delta, *row_sums, *slope_sums;
-  int32_t* blocks_done;
-  uint8_t* flags;
-
-  HeadScratch(Arena& arena, const GradientTask& task, int seqlen_q, int seqlen_k)
-      : num_chunks((seqlen_q + kChunkQueries - 1) / kChunkQueries),
-        num_blocks((seqlen_k + kBlockKeys - 1) / kBlockKeys),
-        dq_width(panels(task.p.head_dim) * kPanel),
-        dout_width(task.of_weights() ? 0 : panels(task.p.head_dim_v) * kPanel) {
-    const int64_t chunks = int64_t(task.p.gqa_ratio()) * num_chunks, rows = chunks * kChunkQueries;
-    q = arena.take<Real>(rows * dq_width);
-    dq = arena.take<Real>(task.dq.data ? rows * dq_width : 0);
-    dout = arena.take<Real>(rows * dout_width);
-    lse = arena.take<Real>(rows);
-    delta = arena.take<Real>(rows);
-    row_sums = arena.take<Real>(rows);
-    slope_sums = arena.take<Real>(int64_t(task.p.gqa_ratio()) * num_blocks);
-    blocks_done = arena.take<int32_t>(chunks);
-    flags = arena.take<uint8_t>(chunks);
-  }
-  Chunk chunk(int head, int c, int seqlen_q) const {
-    const int64_t index = int64_t(head) * num_chunks + c, row = index * kChunkQueries;
-    return {.q = q + row * dq_width,
-            .dout = dout + row * dout_width,
-            .dq = dq + row * dq_width,
-            .lse = lse + row,
-            .delta = delta + row,
-            .row_sums = row_sums + row,
-            .blocks_done = blocks_done + index,
-            .flags = flags + index,
-            .head = head,
-            .first_row = c * kChunkQueries,
-            .rows = smaller(kChunkQueries, seqlen_q - c * kChunkQueries)};
-  }
 };
 
 }  // namespace

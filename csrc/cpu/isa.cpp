@@ -16,17 +16,16 @@
 namespace flash::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 #if defined(__x86_64__) && defined(__linux__)
-/// Whether there are tile registers for bf16, with vectors of bf16 (CPUID leaf 7), and the kernel
-/// lets this process have them: it makes room for their 8 KiB in signal frames on request only.
+/// Whether there are tile registers for bf16 (CPUID leaf 7), and the kernel lets this process have
+/// them: it makes room for their 8 KiB in signal frames on request only.
 bool has_amx() {
   uint32_t a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr uint32_t kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5;
+  constexpr uint32_t kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   if (!(d & kAmxBf16) || !(d & kAmxTile)) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
@@ -41,7 +40,8 @@ Isa detect() {
                     __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-    return has_amx() ? Isa::kAmx : Isa::kAvx512;
+    if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
+    return has_amx() ? Isa::kAmx : Isa::kAvx512Bf16;
   }
   if (avx2) return Isa::kAvx2;
 #endif

@@ -5,9 +5,9 @@
 
 namespace flash::cpu {
 
-/// Instruction sets that kernels are compiled for, each a superset of those before it. kAmx is
-/// AVX-512 with bf16 and tile registers.
-enum class Isa : uint8_t { kPortable, kAvx2, kAvx512, kAmx };
+/// Instruction sets that kernels are compiled for, each a superset of those before it. kAmx adds
+/// tile registers for bf16.
+enum class Isa : uint8_t { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 /// The best one that this machine and its operating system run.
 Isa detected_isa();

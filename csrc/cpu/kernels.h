@@ -28,8 +28,9 @@ extern const ForwardKernels kForwardF32Portable, kForwardF64Portable;
 extern const BackwardKernels kBackwardF32Portable, kBackwardF64Portable;
 extern const WeightsKernels kWeightsF32Portable, kWeightsF64Portable;
 #if defined(__x86_64__)
-extern const ForwardKernels kForwardF32Avx2, kForwardF32Avx512, kForwardBf16Amx;
-extern const BackwardKernels kBackwardF32Avx2, kBackwardF32Avx512;
+extern const ForwardKernels kForwardF32Avx2, kForwardF32Avx512, kForwardBf16Avx512Bf16,
+    kForwardBf16Amx;
+extern const BackwardKernels kBackwardF32Avx2, kBackwardF32Avx512, kBackwardBf16Avx512Bf16;
 extern const WeightsKernels kWeightsF32Avx2, kWeightsF32Avx512;
 #endif
 

@@ -5,7 +5,8 @@
 #pragma once
 
 #include "attention/params.h"
-#include "cpu/panel.h"
+#include "cpu/rows.h"
+#include "cpu/tile.h"
 
 namespace flash::cpu {
 namespace {

@@ -12,7 +12,7 @@
 //     dK[j][.] += sum_i dS[i][j] Q[i][.]             add_product: columns of dS
 #pragma once
 
-#include "cpu/element.h"
+#include "cpu/rows.h"
 #include "cpu/tile.h"
 
 namespace flash::cpu {
@@ -28,10 +28,6 @@ constexpr int kPanelRows = 6;
 constexpr int kPanel = kPanelVectors * kLanes;
 static_assert(kBlockKeys % kPanel == 0, "a block of keys is a whole number of panels");
 
-/// Distance of rows in a block of scores: more than kBlockKeys, so that a column of it is spread
-/// over the sets of L1.
-constexpr int kScorePitch = kBlockKeys + 16;
-
 FLASH_INLINE int panels(int width) { return (width + kPanel - 1) / kPanel; }
 
 /// Calls f.operator()<kVectors>() with the number of vectors, 1 to kPanelVectors, that hold
@@ -44,38 +40,6 @@ FLASH_INLINE void with_vectors(int columns, F&& f) {
   }
   if (columns > kLanes) return f.template operator()<2>();
   f.template operator()<1>();
-}
-
-/// to[i] = data[at + i step], widened.
-FLASH_NOINLINE void read_row(DType dtype, const void* data, int64_t at, int64_t step, int count,
-                             Real* to) {
-  auto read = [&]<class Element>(const Element* from) {
-    from += at;
-    if constexpr (!(sizeof(Real) == 8 && sizeof(Element) == 4)) {
-      if (step == 1) return widen_row(from, count, to);
-    }
-    for (int i = 0; i < count; ++i) {
-      if constexpr (sizeof(Real) == 8) {
-        to[i] = Real(from[i * step]);
-      } else {
-        to[i] = widen(from[i * step]);
-      }
-    }
-  };
-  if (sizeof(Real) == 8 && dtype == DType::kFloat32) return read(static_cast<const float*>(data));
-  with_element(dtype, [&]<class Element> { read(static_cast<const Element*>(data)); });
-}
-/// data[at + i] = from[i], rounded.
-FLASH_NOINLINE void write_row(DType dtype, void* data, int64_t at, int count, const Real* from) {
-  if (sizeof(Real) == 8 && dtype == DType::kFloat32) {
-    float* to = static_cast<float*>(data) + at;
-    for (int i = 0; i < count; ++i) to[i] = float(from[i]);
-    return;
-  }
-  with_element(dtype, [&]<class Element> {
-    Element* to = static_cast<Element*>(data) + at;
-    for (int i = 0; i < count; ++i) to[i] = narrow<Element>(from[i]);
-  });
 }
 
 /// Packs one row of `width` numbers: panel c gets its piece at to + c panel_stride, zeros after it.

@@ -60,28 +60,6 @@ struct PairBlock {
   Real* bias = nullptr;
   Int* kept = nullptr;  ///< -1 or 0
 };
-/// to[c * pitch + r] = row(r)[c], where read(r, c, count, line) fills `line` with the numbers c ...
-/// of row r. Rows up to the next whole vector become 0.
-template <class To, class Read>
-FLASH_INLINE void transpose_rows(int rows, int columns, int64_t pitch, To* to, Read&& read) {
-  static_assert(sizeof(To) == sizeof(Real));
-  for (int r = 0; r < rows; r += kLanes) {
-    for (int c = 0; c < columns; c += kLanes) {
-      To tile[kLanes][kLanes] = {};
-      const int count = smaller(kLanes, columns - c);
-      for (int line = 0; line < smaller(kLanes, rows - r); ++line) {
-        count == kLanes ? read(r + line, c, kLanes, tile[line])
-                        : read(r + line, c, count, tile[line]);
-      }
-      Vector x[kLanes];
-      std::memcpy(x, tile, sizeof x);
-      transpose(x);
-      for (int line = 0; line < count; ++line) {
-        std::memcpy(to + (c + line) * pitch + r, &x[line], sizeof(Vector));
-      }
-    }
-  }
-}
 /// to[j][i] = read(offset of the pair (lane i, key k_begin + j)). A tensor that is the same for all
 /// the lanes is read once per key.
 template <class To, class Read>

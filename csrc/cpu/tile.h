@@ -23,17 +23,20 @@ constexpr int kTileRows = 8;
 #else
 constexpr int kTileRows = 4;
 #endif
-/// Whether this object's products are those of forward_amx.h, where lanes are queries.
-#if defined(FLASH_CPU_AMX)
-constexpr bool kHasTiles = true;
+/// Whether this object is for bf16, its products in pairs (pair_product.h).
+#if defined(FLASH_CPU_BF16)
+constexpr bool kHasPairs = true;
 #else
-constexpr bool kHasTiles = false;
+constexpr bool kHasPairs = false;
 #endif
 constexpr int kGroupQueries = kQueryVectors * kLanes;
 /// Keys of a block. Blocks start at absolute multiples of it, so that a row's sums are cut at the
 /// same keys whichever rows are computed with it.
-constexpr int kBlockKeys = kHasTiles ? 128 : 64;
-constexpr int kTileDepth = 32;  ///< numbers of bf16 in a row of a tile register (amx.h)
+constexpr int kBlockKeys = kHasPairs ? 128 : 64;
+/// Distance of rows in a block of scores: more than kBlockKeys, so that a column of it is spread
+/// over the sets of L1.
+constexpr int kScorePitch = kBlockKeys + 16;
+constexpr int kPairDepth = 32;  ///< of a product in pairs: a row of a tile register (amx.h)
 
 FLASH_INLINE int round_up(int x, int step) { return (x + step - 1) / step * step; }
 

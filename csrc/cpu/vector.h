@@ -99,6 +99,7 @@ FLASH_INLINE IntVector load(const Int* p) {
   std::memcpy(&x, p, sizeof x);
   return x;
 }
+FLASH_INLINE void store(Int* p, IntVector x) { std::memcpy(p, &x, sizeof x); }
 /// Minus zero, not plus: x + 0 would turn -0 into +0.
 FLASH_INLINE Vector splat(Real x) { return x - Vector{}; }
 FLASH_INLINE BitVector bits_of(Vector x) {
@@ -148,6 +149,28 @@ FLASH_INLINE void transpose(Vector (&x)[kLanes]) {
       x[i + kStride] = __builtin_shuffle(a, b, high);
     }
     transpose<kStride * 2>(x);
+  }
+}
+/// to[c * pitch + r] = row(r)[c], where read(r, c, count, line) fills `line` with the numbers c ...
+/// of row r. Rows up to the next whole vector become 0.
+template <class To, class Read>
+FLASH_INLINE void transpose_rows(int rows, int columns, int64_t pitch, To* to, Read&& read) {
+  static_assert(sizeof(To) == sizeof(Real));
+  for (int r = 0; r < rows; r += kLanes) {
+    for (int c = 0; c < columns; c += kLanes) {
+      To tile[kLanes][kLanes] = {};
+      const int count = smaller(kLanes, columns - c);
+      for (int line = 0; line < smaller(kLanes, rows - r); ++line) {
+        count == kLanes ? read(r + line, c, kLanes, tile[line])
+                        : read(r + line, c, count, tile[line]);
+      }
+      Vector x[kLanes];
+      std::memcpy(x, tile, sizeof x);
+      transpose(x);
+      for (int line = 0; line < count; ++line) {
+        std::memcpy(to + (c + line) * pitch + r, &x[line], sizeof(Vector));
+      }
+    }
   }
 }
 

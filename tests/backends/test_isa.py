@@ -17,7 +17,7 @@ NAMES = ["square", "lengths_129_192", "head_dim_3", "head_dim_80", "head_dim_257
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def isa(request):
     available = flash_attn._C.available_isas()
     if request.param not in available:

@@ -186,7 +186,7 @@ inline Result forward(const ForwardParams& p) {
   return r;
 }
 
-/// In units of fp32's roundoff (in fp64 far below one): a weight below 2^-126 may become 0.
+/// In units of fp32's roundoff (in fp64 far below one): weights and dS below 2^-126 may become 0.
 constexpr double kWeightUnderflow = 0x1p-102;
 
 /// Where the bias of a pair lies in the bias's own shape (sizes of 1 broadcast).
@@ -202,9 +202,10 @@ inline int64_t bias_index(const int (&shape)[4], ScoreCoord c) {
 ///
 /// `error_units`, if wanted, becomes to first order how far each result may be off in units of the
 /// roundoff: where a product or sum rounds, by the size of its terms, and by what errors before it
-/// make of it. A sum of n terms is taken to round once by the sum of their sizes.
+/// make of it. A sum of n terms is taken to round once by the sum of their sizes. `operand_units`
+/// is how far P and dS are off as operands of products, where these are rounded.
 inline Gradients backward(const BackwardParams& p, const Result* saved = nullptr,
-                          Gradients* error_units = nullptr) {
+                          Gradients* error_units = nullptr, double operand_units = 0) {
   const int sq = p.q_layout.max, sk = p.k_layout.max, dqk = p.head_dim, dv = p.head_dim_v;
   const DType acc = accumulation(p.dtype);
   int64_t bias_size = 1;
@@ -253,10 +254,11 @@ inline Gradients backward(const BackwardParams& p, const Result* saved = nullptr
             const double term = factor * dout(d) * head.v(j, d);
             dp += term, e_dp += std::fabs(term);
             g.dv[key * dv + d] += weight * factor * dout(d);
-            e.dv[key * dv + d] += e_weight * factor * std::fabs(dout(d));
+            e.dv[key * dv + d] += (e_weight + operand_units * weight) * factor * std::fabs(dout(d));
           }
           const double ds = weight * (dp - delta);
-          const double e_ds = weight * (e_dp + e_delta) + e_weight * std::fabs(dp - delta);
+          const double e_ds =
+              weight * (e_dp + e_delta) + e_weight * std::fabs(dp - delta) + kWeightUnderflow;
           if (bias_size) {
             const int64_t at = bias_index(p.bias_shape, {b, h, i, j});
             g.dbias[at] += ds, e.dbias[at] += e_ds;
@@ -267,7 +269,8 @@ inline Gradients backward(const BackwardParams& p, const Result* saved = nullptr
           }
           const double dscore = ds * s.slope * p.softmax_scale;
           const double e_dscore =
-              (e_ds * s.slope + std::fabs(ds) * e_s.slope) * std::fabs(p.softmax_scale);
+              (e_ds * s.slope + std::fabs(ds) * (e_s.slope + operand_units * s.slope)) *
+              std::fabs(p.softmax_scale);
           for (int d = 0; d < dqk; ++d) {
             g.dq[row * dqk + d] += dscore * head.k(j, d);
             g.dk[key * dqk + d] += dscore * head.q(i, d);

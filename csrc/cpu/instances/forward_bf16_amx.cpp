@@ -2,7 +2,7 @@
 #if !defined(__AMX_BF16__) || !defined(__AVX512BF16__)
 #error "needs the flags of csrc/build_kernels.py: without them tiles are slow arrays"
 #endif
-#define FLASH_CPU_AMX
+#define FLASH_CPU_BF16
 #include "cpu/forward.h"
 
 namespace flash::cpu {

@@ -7,6 +7,15 @@
 
 namespace flash {
 
+/// The kernels that a program tests.
+struct TestedBackward {
+  const char* name;
+  int64_t (*workspace_bytes)(const BackwardParams&, int num_workers);
+  void (*run)(const BackwardParams&, const Launch&);
+  bool rounds_operands;  ///< P and dS of bf16, for products in pairs
+};
+inline TestedBackward tested_backward;
+
 class BackwardCall {
  public:
   BackwardParams p{};
@@ -60,15 +69,15 @@ class BackwardCall {
     forward_.set(t, layout, b, h, row, column, value);
   }
 
-  /// Runs on the current instruction set; a gradient whose pointer is null comes back as zeros.
+  /// Runs what is tested; a gradient whose pointer is null comes back as zeros.
   reference::Gradients run(int num_threads) {
     ThreadWorkers workers(num_threads);
     poison();
-    const int64_t bytes = cpu::backend().backward_workspace_bytes(p, num_threads);
+    const int64_t bytes = tested_backward.workspace_bytes(p, num_threads);
     std::unique_ptr<char[], void (*)(void*)> workspace(
         static_cast<char*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256 + 256)), std::free);
     std::memset(workspace.get(), 0xff, bytes + 256);
-    cpu::backend().backward(p, {workspace.get(), nullptr, &workers});
+    tested_backward.run(p, {workspace.get(), nullptr, &workers});
     for (int i = 0; i < 256; ++i) CHECK(workspace[bytes + i] == char(0xff));  // wrote beyond it
     reference::Gradients g;
     g.dq = rows_of(p.dq, p.q_layout, p.num_heads, p.head_dim);

@@ -28,7 +28,8 @@ int main(int argc, char** argv) {
   const Backend& backend = cpu::backend();
   for (const std::string& isa : cpu::available_isas()) {
     cpu::set_isa(isa);
-    tested = {isa.c_str(), backend.forward_workspace_bytes, backend.forward, isa == "amx"};
+    const bool in_pairs = isa == "avx512_bf16" || isa == "amx";
+    tested = {isa.c_str(), backend.forward_workspace_bytes, backend.forward, in_pairs};
     std::mt19937_64 generator(seed_of_run);
     for (DType dtype : kDTypes) {
       if (dtype == DType::kFloat64 && isa != "portable") continue;  // the same object
