@@ -9,106 +9,20 @@
 //   block   kBlockKeys keys, read where they lie; of 16-bit tensors, widened once per unit
 //
 // Where a kv head has at most kFewQueries rows in all, the two products have lanes = head_dim
-// (forward_few.h).
+// (forward_few.h), and a unit is a span of kSpanKeys keys. Whoever does the last span of a head
+// adds them up, in their order:
+//   m = max_s m_s,   l = sum_s 2^(u (m_s - m)) l_s,   O = sum_s 2^(u (m_s - m)) O_s
 //
-// Every row is computed by one worker, over the same blocks, whoever it is and whatever rows go
-// with it: its bits depend on nothing else.
+// Every row is computed over the same blocks and spans, whoever does it and whatever rows go with
+// it: its bits depend on nothing else.
 #pragma once
 
-#include "cpu/forward_block.h"
+#include "cpu/forward_rows.h"
 #include "cpu/forward_units.h"
 #include "cpu/kernels.h"
 
 namespace flash::cpu {
 namespace {
-
-/// Q with `scale` (of kPairs a part of it) folded in, zeros where lanes stand for nothing; O, m and
-/// l of rows that have seen no key.
-template <Orientation kOrientation, class Element>
-FLASH_NOINLINE void load_queries(const ForwardParams& p, const Sequence& sequence, Real scale,
-                                 const Group& group) {
-  const GroupQueries& queries = group.queries;
-  const auto row = [&](int i) {
-    const int head = queries.head_begin + i / queries.rows();
-    const int64_t q = queries.q_begin + i % queries.rows();
-    return static_cast<const Element*>(p.q.data) + p.q.offset(sequence, head) + q * p.q.row_stride;
-  };
-  const auto read = [&](int i, int d, int count, Real* to) {
-    const Element* from = row(i);
-    for (int x = 0; x < count; ++x) to[x] = widen(from[d + x]) * scale;
-  };
-  if constexpr (kOrientation == Orientation::kPairs) {
-    pack_scaled_columns(queries.count(), p.head_dim, group.column_step, scale,
-                        reinterpret_cast<Int*>(group.q), row);
-  } else if constexpr (kOrientation == Orientation::kQueries) {
-    transpose_rows(queries.count(), p.head_dim, group.column_step, group.q, read);
-  } else {
-    std::memset(group.q, 0, sizeof(Real) * kFewQueries * group.q_lane_step);
-    for (int i = 0; i < queries.count(); ++i) {
-      read(i, 0, p.head_dim, group.q + i * group.q_lane_step);
-    }
-  }
-  std::memset(group.o, 0, sizeof(Real) * kGroupQueries * whole_vectors(p.head_dim_v));
-  for (int i = 0; i < kGroupQueries; ++i) {
-    group.row_max[i] = -kInfinity;
-    group.row_sum[i] = 0;
-  }
-}
-
-FLASH_INLINE Real log2_of(Real x) { return sizeof(Real) == 4 ? Real(log2f(x)) : Real(log2(x)); }
-FLASH_INLINE Real exp2_of(Real x) { return exp2_of(splat(x))[0]; }
-
-/// What scores are counted in: exp(score) = 2^(to_log2 score), natural logarithm = to_natural
-/// score.
-struct ScoreUnit {
-  Real to_log2, to_natural, from_natural;
-
-  /// Where terms are added to scores. A bool mask alone is none, so that one that keeps everything
-  /// changes no bit.
-  static ScoreUnit of(const ScoreMod& mod) {
-    const bool natural = mod.has_softcap() || mod.bias.data || mod.alibi_slopes;
-    return natural ? ScoreUnit{kLog2E, 1, 1} : ScoreUnit{1, kLn2, kLog2E};
-  }
-};
-
-/// O = O^T / l and lse = ln(l e^m); of an empty row, 0 and -inf. A sink is one more key with a
-/// logit and no value: l e^m becomes l e^m + e^sink.
-struct RowResult {
-  Real factor, lse;
-
-  static FLASH_HOST_DEVICE RowResult of(Real max, Real sum, const ScoreUnit& unit) {
-    if (sum == 0) return {0, -kInfinity};
-    return {1 / sum, max * unit.to_natural + log2_of(sum) * kLn2};
-  }
-  static FLASH_HOST_DEVICE RowResult with_sink(Real max, Real sum, Real sink,
-                                               const ScoreUnit& unit) {
-    if (sum == 0) return {0, sink};
-    const Real logit = sink * unit.from_natural, new_max = logit > max ? logit : max;
-    const Real base = new_max == -kInfinity ? 0 : new_max;
-    const Real shrink = exp2_of((max - base) * unit.to_log2);
-    const Real total = sum * shrink + exp2_of((logit - base) * unit.to_log2);
-    return {shrink / total, base * unit.to_natural + log2_of(total) * kLn2};
-  }
-};
-template <class Element>
-FLASH_NOINLINE void store_output(const ForwardParams& p, const Sequence& sequence,
-                                 const ScoreUnit& unit, const Group& group) {
-  const Features& features = p.features;
-  for_each_query(group.queries, [&](int i, int head, int64_t q) {
-    const Real max = group.row_max[i], sum = group.row_sum[i];
-    RowResult row = features.sink.enabled()
-                        ? RowResult::with_sink(max, sum, features.sink.of<Real>(head), unit)
-                        : RowResult::of(max, sum, unit);
-    static_cast<Real*>(p.lse.data)[p.lse.offset(sequence, head) + q] = row.lse;
-    if (features.dropout.enabled()) row.factor *= Real(features.dropout.scale);
-    Element* out =
-        static_cast<Element*>(p.out.data) + p.out.offset(sequence, head) + q * p.out.row_stride;
-    const Real* from = group.o + i * group.o_lane_step;
-    for (int c = 0; c < p.head_dim_v; ++c) {
-      out[c] = narrow<Element>(from[c * group.column_step] * row.factor);
-    }
-  });
-}
 
 /// The rows [begin, end) of K or V of one head: in place, or widened into `wide`.
 template <class Element>
@@ -134,41 +48,96 @@ FLASH_INLINE Rows part(const Rows& rows, int first, int count) {
 struct ForwardCall {
   const ForwardParams& p;
   WorkspaceLayout layout;
+  SpanLayout spans;
   UnitGrid grid;
   ScoreUnit unit;
   Real scale;  ///< folded into Q^T
   char* workspace;
   int64_t next_unit;  ///< shared by the workers, atomic
+
+  /// What the workers share comes first, then what each has.
+  Real* shared() const { return reinterpret_cast<Real*>(workspace); }
+  int32_t* spans_done() const { return reinterpret_cast<int32_t*>(workspace); }
+  Real* scratch(int worker) const {
+    return reinterpret_cast<Real*>(workspace + spans.bytes() + worker * layout.bytes());
+  }
 };
 
-/// A unit in hand.
+/// A unit in hand, for one span of its keys.
 struct Unit {
   Sequence qs, ks;
-  int head_k, num_groups;
-  Range keys;  ///< that at least one of its rows keeps
+  int head_k, first_group, num_groups;
+  int64_t head, rows_index;  ///< of all kv heads; of all units' rows
+  Range keys;                ///< that at least one of its rows keeps
   Group groups[kUnitGroups];
 };
 
+/// O, m and l of a group: those of one span.
+FLASH_INLINE void point_to_span(const ForwardCall& call, const Unit& unit, int g, int span,
+                                Group& group) {
+  group.o = call.shared() + call.spans.group(unit.head, unit.first_group + g, span);
+  group.row_max = group.o + call.spans.o_size;
+  group.row_sum = group.row_max + kGroupQueries;
+}
+/// After the last span of a unit's rows: O, m and l of all the spans. False for the others.
+FLASH_NOINLINE bool add_spans(const ForwardCall& call, Real* scratch, Unit& unit) {
+  const int num_spans = call.grid.spans;
+  int32_t* done = call.spans_done() + unit.rows_index;
+  if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) < num_spans) return false;
+  for (int g = 0; g < unit.num_groups; ++g) {
+    Group& group = unit.groups[g];
+    Real* at = scratch + call.layout.groups + g * call.layout.group_size;
+    Group sum = group, part = group;
+    sum.o = at + call.layout.o;
+    sum.row_max = at + call.layout.row_max;
+    sum.row_sum = at + call.layout.row_sum;
+    for (int i = 0; i < group.queries.count(); ++i) {
+      Real* o = sum.o + i * sum.o_lane_step;
+      Real max = -kInfinity, total = 0;
+      for (int span = 0; span < num_spans; ++span) {
+        point_to_span(call, unit, g, span, part);
+        if (part.row_max[i] > max) max = part.row_max[i];
+      }
+      for (int c = 0; c < sum.o_lane_step; c += kLanes) store(o + c, splat(0));
+      for (int span = 0; span < num_spans; ++span) {
+        point_to_span(call, unit, g, span, part);
+        const Real base = max == -kInfinity ? 0 : max;
+        const Vector factor = exp2_of(splat((part.row_max[i] - base) * call.unit.to_log2));
+        total += factor[0] * part.row_sum[i];
+        for (int c = 0; c < sum.o_lane_step; c += kLanes)
+          store(o + c, fma(factor, load(part.o + i * part.o_lane_step + c), load(o + c)));
+      }
+      sum.row_max[i] = max, sum.row_sum[i] = total;
+    }
+    group = sum;
+  }
+  return true;
+}
+
 template <Orientation kOrientation, class Element>
-FLASH_INLINE void begin_unit(const ForwardCall& call, int64_t index, Real* scratch, Unit& unit) {
+FLASH_INLINE void begin_unit(const ForwardCall& call, int64_t rows_index, int span, Real* scratch,
+                             Unit& unit) {
   const ForwardParams& p = call.p;
   const WorkspaceLayout& w = call.layout;
   const int64_t heads = int64_t(p.batch) * p.num_heads_k;
-  const int batch = int(index % heads / p.num_heads_k);
-  const int first_group =
-      int(call.grid.units_per_head - 1 - index / heads) * call.grid.groups_per_unit;
-  unit.head_k = int(index % p.num_heads_k);
+  const Range span_keys{span * kSpanKeys, (span + 1) * kSpanKeys};
+  unit.rows_index = rows_index;
+  unit.head = unit.rows_index % heads;
+  const int batch = int(unit.head / p.num_heads_k);
+  unit.first_group =
+      int(call.grid.units_per_head - 1 - unit.rows_index / heads) * call.grid.groups_per_unit;
+  unit.head_k = int(unit.head % p.num_heads_k);
   unit.qs = Sequence::of(p.q_layout, batch);
   unit.ks = Sequence::of(p.k_layout, batch);
   const GroupCut cut = GroupCut::of(p, unit.qs.length);
-  unit.num_groups = smaller(call.grid.groups_per_unit, cut.groups() - first_group);
+  unit.num_groups = smaller(call.grid.groups_per_unit, cut.groups() - unit.first_group);
   unit.keys = {unit.ks.length, 0};
   const IntervalMask mask = p.mask_of(unit.qs, unit.ks);
   constexpr bool few = kOrientation == Orientation::kHeadDim;
   for (int g = 0; g < unit.num_groups; ++g) {
     Group& group = unit.groups[g];
     Real* at = scratch + w.groups + g * w.group_size;
-    group.queries = cut.group(p, batch, unit.head_k, unit.qs.length, first_group + g);
+    group.queries = cut.group(p, batch, unit.head_k, unit.qs.length, unit.first_group + g);
     group.any_keys = mask.any_keys(group.queries.q_begin, group.queries.q_end);
     group.all_keys = mask.all_keys(group.queries.q_begin, group.queries.q_end);
     group.is_first = g == 0;
@@ -179,6 +148,11 @@ FLASH_INLINE void begin_unit(const ForwardCall& call, int64_t index, Real* scrat
     group.o_lane_step = few ? whole_vectors(p.head_dim_v) : 1;
     group.row_max = at + w.row_max;
     group.row_sum = at + w.row_sum;
+    if (call.grid.spans > 1) {
+      group.any_keys = {larger(group.any_keys.begin, span_keys.begin),
+                        smaller(group.any_keys.end, span_keys.end)};
+      point_to_span(call, unit, g, span, group);
+    }
     fill_lanes(p, mask, group.queries, group.lanes);
     load_queries<kOrientation, Element>(p, unit.qs, call.scale, group);
     if (group.any_keys.begin < group.any_keys.end) {
@@ -235,11 +209,11 @@ FLASH_INLINE KeyOperands<kOrientation> part(const KeyOperands<kOrientation>& blo
 }
 
 template <Orientation kOrientation, Variant kVariant, class Element>
-FLASH_NOINLINE void run_unit(const ForwardCall& call, int64_t index, Real* scratch) {
+FLASH_NOINLINE void run_unit(const ForwardCall& call, int64_t rows_index, int span, Real* scratch) {
   const ForwardParams& p = call.p;
   const WorkspaceLayout& w = call.layout;
   Unit unit;
-  begin_unit<kOrientation, Element>(call, index, scratch, unit);
+  begin_unit<kOrientation, Element>(call, rows_index, span, scratch, unit);
   const BlockScratch block_scratch{
       scratch + w.s,       scratch + w.new_max,
       scratch + w.alpha,   {scratch + w.bias, reinterpret_cast<Int*>(scratch + w.kept)},
@@ -270,6 +244,7 @@ FLASH_NOINLINE void run_unit(const ForwardCall& call, int64_t index, Real* scrat
       }
     }
   }
+  if (call.grid.spans > 1 && !add_spans(call, scratch, unit)) return;
   for (int g = 0; g < unit.num_groups; ++g)
     store_output<Element>(p, unit.qs, call.unit, unit.groups[g]);
 }
@@ -277,17 +252,20 @@ FLASH_NOINLINE void run_unit(const ForwardCall& call, int64_t index, Real* scrat
 template <Orientation kOrientation, Variant kVariant, class Element>
 void work(void* context, int worker) {
   ForwardCall& call = *static_cast<ForwardCall*>(context);
-  Real* scratch = reinterpret_cast<Real*>(call.workspace + worker * call.layout.bytes());
+  const UnitGrid& grid = call.grid;
+  Real* scratch = call.scratch(worker);
   const ThreadState<kOrientation> state;
   for (;;) {
     const int64_t unit = __atomic_fetch_add(&call.next_unit, 1, __ATOMIC_RELAXED);
-    if (unit >= call.grid.units) return;
-    run_unit<kOrientation, kVariant, Element>(call, unit, scratch);
+    if (unit >= grid.units) return;
+    const int first = int(unit / grid.row_units) * grid.spans_per_unit;
+    for (int span = first; span < smaller(first + grid.spans_per_unit, grid.spans); ++span)
+      run_unit<kOrientation, kVariant, Element>(call, unit % grid.row_units, span, scratch);
   }
 }
 
 int64_t forward_workspace_bytes(const ForwardParams& p, int num_workers) {
-  return num_workers * WorkspaceLayout::of(p).bytes();
+  return SpanLayout::of(p).bytes() + num_workers * WorkspaceLayout::of(p).bytes();
 }
 
 void forward(const ForwardParams& p, const Launch& launch) {
@@ -300,11 +278,13 @@ void forward(const ForwardParams& p, const Launch& launch) {
   const ScoreUnit unit = ScoreUnit::of(p.features.score_mod);
   ForwardCall call{p,
                    WorkspaceLayout::of(p),
+                   SpanLayout::of(p),
                    UnitGrid::of(p, shared ? launch.workers->count() : 1),
                    unit,
                    Real(p.softmax_scale * (unit.to_log2 == 1 ? M_LOG2E : 1.0)),
                    static_cast<char*>(launch.workspace),
                    0};
+  std::memset(call.spans_done(), 0, sizeof(int32_t) * call.spans.counters());
   const auto with = [&]<class Element> {
     using enum Orientation;
     constexpr Orientation kMany = kHasPairs ? kPairs : kQueries;

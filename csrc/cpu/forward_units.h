@@ -43,25 +43,66 @@ struct GroupCut {
   }
 };
 
-/// The units of a call. `unit` counts from the last rows to the first, heads and sequences fastest:
-/// under a causal mask that is the longest first.
+/// Few queries meet their keys in spans that are added up, so that a long cache of few heads can
+/// keep every worker busy. A multiple of kBlockKeys.
+constexpr int kSpanKeys = 512;
+FLASH_INLINE int span_count(const ForwardParams& p) {
+  return has_few_queries(p) ? larger((p.k_layout.max + kSpanKeys - 1) / kSpanKeys, 1) : 1;
+}
+
+/// The units of a call: some groups of rows and some spans of their keys. `unit` counts heads and
+/// sequences fastest, then rows from the last to the first, then spans: under a causal mask that is
+/// the longest first.
 struct UnitGrid {
   int groups_per_unit, units_per_head;  ///< for the longest sequence
-  int64_t units;
+  int spans, spans_per_unit;
+  int64_t row_units, units;  ///< without and with spans
 
   static UnitGrid of(const ForwardParams& p, int num_workers) {
     const int groups = GroupCut::of(p, p.q_layout.max).groups();
     const int64_t heads = int64_t(p.batch) * p.num_heads_k;
     constexpr int kUnits = kHasPairs ? 2 : 4;  // of a worker; each packs V for itself
-    UnitGrid grid{kUnitGroups, 0, 0};
-    for (;; grid.groups_per_unit /= 2) {
+    UnitGrid grid{};
+    grid.groups_per_unit = kUnitGroups;
+    grid.spans = grid.spans_per_unit = span_count(p);
+    for (;;) {
       grid.units_per_head = (groups + grid.groups_per_unit - 1) / grid.groups_per_unit;
-      grid.units = heads * grid.units_per_head;
-      if (num_workers == 1 || grid.groups_per_unit == 1 || grid.units >= kUnits * num_workers)
+      grid.row_units = heads * grid.units_per_head;
+      grid.units = grid.row_units * ((grid.spans + grid.spans_per_unit - 1) / grid.spans_per_unit);
+      if (num_workers == 1 || grid.units >= kUnits * num_workers) break;
+      if (grid.groups_per_unit > 1) {
+        grid.groups_per_unit /= 2;
+      } else if (grid.spans_per_unit > 1) {
+        grid.spans_per_unit = (grid.spans_per_unit + 1) / 2;
+      } else {
         break;
+      }
     }
     return grid;
   }
+};
+
+/// What the units of a call share where keys are in spans: O, m and l of every group and span, and
+/// how many spans of a unit are done.
+struct SpanLayout {
+  int spans, groups_per_head;
+  int64_t heads, o_size;
+
+  static SpanLayout of(const ForwardParams& p) {
+    return {span_count(p), GroupCut::of(p, p.q_layout.max).groups(),
+            int64_t(p.batch) * p.num_heads_k, int64_t(kFewQueries) * whole_vectors(p.head_dim_v)};
+  }
+  int64_t group_size() const { return o_size + 2 * kGroupQueries; }
+  int64_t counters() const { return spans > 1 ? heads * groups_per_head : 0; }
+  /// In Reals, behind the counters.
+  int64_t group(int64_t head, int index, int span) const {
+    return round_up_line(counters()) +
+           ((head * groups_per_head + index) * spans + span) * group_size();
+  }
+  int64_t bytes() const { return spans > 1 ? group(heads, 0, 0) * int64_t(sizeof(Real)) : 0; }
+
+ private:
+  static int64_t round_up_line(int64_t reals) { return (reals + 63) / 64 * 64; }
 };
 
 /// Where a worker's scratch lies, in Reals from its beginning.
