@@ -148,7 +148,7 @@ FLASH_NOINLINE Real weigh_general_pairs(const KvHead& head, const Step& step, Pa
   const bool adds_bias = head.bias.data && !head.bias.over_keys;
   const Vector scale = splat(Real(params.softmax_scale));
   const int begin = step.keys.begin / kLanes * kLanes;
-  KeyLanes lanes(params, head.mask, head.batch, h, step.k_begin, row);
+  KeyLanes lanes(params, head.mask, head.batch, h, step.k_begin, step.keys, row);
   Vector slope_sum = splat(0);
   for (int i = step.rows.begin; i < step.rows.end; ++i) {
     const int q = step.chunk.first_row + i;
@@ -231,9 +231,9 @@ Real weigh(const KvHead& head, const Step& step, const KeyBlock& block, Real* ro
   return slope_sum;
 }
 
-/// One chunk against the block: kRowsOfCut rows after each other, so that their pairs stay in L1
-/// until they are operands, and, where the mask cuts the step, its corners are left out. Returns
-/// the part of the gradient of the ALiBi slope.
+/// One chunk against the block: at once, or, where the mask cuts the step, kRowsOfCut rows after
+/// each other without the corners that it leaves out. Returns the part of the gradient of the ALiBi
+/// slope.
 Real run_step(const KvHead& head, int n, const Step& step, const KeyBlock& block) {
   const GradientTask& task = head.task;
   const BlockOperands& s = block.operands;

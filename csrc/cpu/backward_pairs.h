@@ -8,7 +8,7 @@
 //     dK^T     += Q^T dS        A = Q^T       B = dS in pairs of queries
 //     dQ       += dS K          A = dS        B = K in pairs of keys         columns are head_dim's
 // P and dS are rounded to bf16 as operands; all sums are fp32. backward_panels.h has the same names
-// for the other types.
+// for the other types, and for gradients of the weights, which never come here.
 #pragma once
 
 #if defined(FLASH_CPU_BF16)
@@ -101,7 +101,7 @@ FLASH_NOINLINE void multiply_columns(const BFloat16* a, int64_t a_stride, int ro
 class BlockOperands {
  public:
   Real *p, *ds;  ///< (kChunkQueries, kScorePitch)
-  Real scale_of_scores;
+  Real scale_of_scores = 1;
 
   BlockOperands(Arena& arena, const GradientTask& task)
       : head_dim_(task.p.head_dim), head_dim_v_(task.p.head_dim_v) {
@@ -154,7 +154,10 @@ class BlockOperands {
       const int64_t row = int64_t(i) * kScorePitch, pair = row / 2;
       const auto read = [&](const Real* from, int r, int j) {
         const bool is_there = i + r < step.rows.end && j >= keys.begin && j < keys.end;
-        return is_there ? load(from + row + r * kScorePitch + j) : Vector{};
+        if (!is_there) return Vector{};
+        const Vector x = load(from + row + r * kScorePitch + j);
+        const bool is_whole = j + kLanes <= step.keys.end;
+        return is_whole ? x : select(lane_numbers() + Int(j) < Int(step.keys.end), x, splat(0));
       };
       for (int j = keys.begin; j < keys.end; j += kLanes) {
         store(p_pairs_ + pair + j, rounded_pairs(read(p, 0, j), read(p, 1, j)));

@@ -6,7 +6,8 @@
 //           they have few rows each (decode)
 //   unit    up to kUnitGroups groups of one kv head, heads before rows, that share each block of
 //           keys while it is in the caches: what a worker takes from the counter
-//   block   kBlockKeys keys, read where they lie; of 16-bit tensors, widened once per unit
+//   block   kBlockKeys keys, read where they lie; of 16-bit tensors, widened or packed once per
+//   unit
 //
 // Where a kv head has at most kFewQueries rows in all, the two products have lanes = head_dim
 // (forward_few.h), and a unit is a span of kSpanKeys keys. Whoever does the last span of a head

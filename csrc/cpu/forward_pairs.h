@@ -9,6 +9,7 @@
 
 #if defined(FLASH_CPU_BF16)
 
+#include "cpu/forward_units.h"
 #include "cpu/pair_pack.h"
 
 namespace flash::cpu {
@@ -84,11 +85,11 @@ FLASH_NOINLINE void pack_weights(const Real* p, int count, Int* to) {
 template <int kVectors>
 FLASH_NOINLINE void output_in_pairs(const PairOperands& block, const Int* weights, Real* sums,
                                     Real* o_t, const Real* alpha) {
-  constexpr int kColumns = 32, kPitch = kVectors * kLanes;
+  constexpr int kPitch = kVectors * kLanes;
   const VectorGroup<kVectors> factor = load_group<kVectors>(alpha);
   const int steps = round_up(block.count(), kPairDepth) / kPairDepth;
-  for (int c = 0; c < block.v.width; c += kColumns) {
-    const int columns = smaller(kColumns, block.v.width - c);
+  for (int c = 0; c < block.v.width; c += kColumnsAtOnce) {
+    const int columns = smaller(kColumnsAtOnce, block.v.width - c);
     multiply_pairs<kVectors>(block.v_t + c * kBlockKeys, kBlockKeys, columns, weights, kPitch,
                              steps, sums, kPitch);
     for (int r = 0; r < columns; ++r) {

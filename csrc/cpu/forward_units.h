@@ -105,6 +105,8 @@ struct SpanLayout {
   static int64_t round_up_line(int64_t reals) { return (reals + 63) / 64 * 64; }
 };
 
+constexpr int kColumnsAtOnce = 32;  ///< of O, in a product in pairs
+
 /// Where a worker's scratch lies, in Reals from its beginning.
 struct WorkspaceLayout {
   int64_t next = 0;
@@ -138,9 +140,9 @@ struct WorkspaceLayout {
     }
     if (in_pairs) {
       w.copied_k = w.take(int64_t(kBlockKeys) * round_up(p.head_dim, kPairDepth) / 2);
-      w.v_t = w.take(int64_t(kBlockKeys) * round_up(p.head_dim_v, 32) / 2);
+      w.v_t = w.take(int64_t(kBlockKeys) * round_up(p.head_dim_v, kColumnsAtOnce) / 2);
       w.weight_pairs = w.take(kPairs / 2);
-      w.sums = w.take(32 * kGroupQueries);
+      w.sums = w.take(kColumnsAtOnce * kGroupQueries);
     }
     w.groups = w.next;
     w.q = w.take(int64_t(whole_vectors(p.head_dim)) * kGroupQueries) - w.groups;

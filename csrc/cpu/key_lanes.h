@@ -28,11 +28,6 @@ FLASH_INLINE Vector lane_index() {
   for (int lane = 0; lane < kLanes; ++lane) index[lane] = Real(lane);
   return index;
 }
-FLASH_INLINE IntVector lane_numbers() {
-  IntVector index{};
-  for (int lane = 0; lane < kLanes; ++lane) index[lane] = lane;
-  return index;
-}
 
 /// min(x, 0); NaN for NaN.
 FLASH_INLINE Vector not_above_zero(Vector x) { return select(x > splat(0), splat(0), x); }
@@ -100,9 +95,10 @@ struct KeyRow {
 /// The pairs of one query head with a block of keys, row by row.
 class KeyLanes {
  public:
+  /// `keys` of the block from key k_begin on are what will be looked at.
   KeyLanes(const ForwardParams& p, const IntervalMask& mask, int batch, int head, int k_begin,
-           PairRow& row)
-      : p_(p), mask_(mask), batch_(batch), head_(head), k_begin_(k_begin), row_(row) {
+           Range keys, PairRow& row)
+      : p_(p), mask_(mask), batch_(batch), head_(head), k_begin_(k_begin), keys_(keys), row_(row) {
     const ScoreMod& mod = p.features.score_mod;
     num_keys_ = smaller(kBlockKeys, mask.seqlen_k - k_begin);
     diagonal_ = p.mask.diagonal_offset(mask.seqlen_q, mask.seqlen_k);
@@ -154,7 +150,7 @@ class KeyLanes {
     constexpr int kSpan = 8;
     const DropoutStream stream = DropoutStream::of(dropout, batch_, head_, p_.num_heads);
     const Real scale = Real(dropout.scale);
-    for (int k = 0; k < num_keys_; k += 4 * kSpan) {
+    for (int k = keys_.begin / (4 * kSpan) * (4 * kSpan); k < keys_.end; k += 4 * kSpan) {
       for (int row = 0; row < kSpan; ++row) {
         uint32_t words[4][kSpan];
         for (int lane = 0; lane < kSpan; ++lane) {
@@ -175,6 +171,7 @@ class KeyLanes {
   const ForwardParams& p_;
   const IntervalMask& mask_;
   int batch_, head_, k_begin_, num_keys_ = 0, diagonal_ = 0;
+  Range keys_;
   PairRow& row_;
   Real alibi_slope_ = 0;
   bool entered_ = false;

@@ -12,14 +12,15 @@ namespace {
 
 /// The scale of scores in two parts: a power of two that one operand takes without an error, so
 /// that q.k overflows no sooner than the score, and the rest. Never above 1, lest the operand
-/// itself overflows, nor so small that it loses numbers.
+/// itself overflows. What becomes denormal is lost: less than 2^-124 |k| of a score.
 struct SplitScale {
   Real of_operand, of_scores;
 
   static SplitScale of(Real scale) {
-    int exponent = 0;
+    if (scale == 0) return {0, 0};
+    int exponent;
     __builtin_frexpf(scale, &exponent);  // 2^(exponent - 1) <= |scale| < 2^exponent
-    const Real power = __builtin_ldexpf(1, smaller(larger(exponent - 1, -24), 0));
+    const Real power = __builtin_ldexpf(1, smaller(larger(exponent - 1, -126), 0));
     return {power, scale / power};
   }
 };

@@ -112,6 +112,11 @@ FLASH_INLINE Vector from_bits(BitVector bits) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
+FLASH_INLINE IntVector lane_numbers() {
+  IntVector index{};
+  for (int lane = 0; lane < kLanes; ++lane) index[lane] = lane;
+  return index;
+}
 /// condition has all bits of a lane set or none.
 FLASH_INLINE Vector select(IntVector condition, Vector if_true, Vector if_false) {
   return condition ? if_true : if_false;

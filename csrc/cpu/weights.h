@@ -69,7 +69,8 @@ void add_head_weights(const WeightsUnit& unit, int h, int k_begin, Real factor, 
   score_weights_tile(unit, h, k_begin, tile);
   const Real* lse = static_cast<const Real*>(p.lse.data) + p.lse.offset(unit.q_rows, h);
   const bool has_dropout = p.features.dropout.enabled();
-  KeyLanes lanes(p, unit.mask, unit.batch, h, k_begin, tile.row);
+  const Range block{0, smaller(kBlockKeys, unit.mask.seqlen_k - k_begin)};
+  KeyLanes lanes(p, unit.mask, unit.batch, h, k_begin, block, tile.row);
   for (int i = 0; i < unit.rows; ++i) {
     const Real row_lse = lse[unit.q_begin + i];
     const KeyRow row = lanes.enter_row(unit.q_begin + i, row_lse);

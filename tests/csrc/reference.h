@@ -186,7 +186,8 @@ inline Result forward(const ForwardParams& p) {
   return r;
 }
 
-/// In units of fp32's roundoff (in fp64 far below one): weights and dS below 2^-126 may become 0.
+/// In units of fp32's roundoff (in fp64 far below one): weights and dS below 2^-126 may become 0,
+/// in products of bf16 all numbers.
 constexpr double kWeightUnderflow = 0x1p-102;
 
 /// Where the bias of a pair lies in the bias's own shape (sizes of 1 broadcast).
@@ -217,6 +218,7 @@ inline Gradients backward(const BackwardParams& p, const Result* saved = nullptr
               std::vector<double>((p.slopes_per_batch ? p.batch : 1) * p.num_heads, 0.0),
               std::vector<double>(p.num_heads, 0.0)};
   Gradients e = g;
+  const double product_underflow = operand_units > 0 ? kWeightUnderflow : 0;
   const Result formula = saved ? Result{} : forward(p);
   const Result& result = saved ? *saved : formula;
   for (int b = 0; b < p.batch; ++b) {
@@ -237,7 +239,8 @@ inline Gradients backward(const BackwardParams& p, const Result* saved = nullptr
         }
         if (p.features.sink.enabled() && lse != -INFINITY) {
           const double weight = std::exp(head.sink() - lse);
-          const double e_weight = weight * (1 + std::fabs(head.sink()) + std::fabs(lse));
+          const double e_weight =
+              weight * (1 + std::fabs(head.sink()) + std::fabs(lse)) + kWeightUnderflow;
           g.dsink[h] -= weight * delta;
           e.dsink[h] += weight * e_delta + e_weight * std::fabs(delta);
         }
@@ -270,12 +273,13 @@ inline Gradients backward(const BackwardParams& p, const Result* saved = nullptr
           const double dscore = ds * s.slope * p.softmax_scale;
           const double e_dscore =
               (e_ds * s.slope + std::fabs(ds) * (e_s.slope + operand_units * s.slope)) *
-              std::fabs(p.softmax_scale);
+                  std::fabs(p.softmax_scale) +
+              product_underflow;
           for (int d = 0; d < dqk; ++d) {
             g.dq[row * dqk + d] += dscore * head.k(j, d);
             g.dk[key * dqk + d] += dscore * head.q(i, d);
-            e.dq[row * dqk + d] += e_dscore * std::fabs(head.k(j, d));
-            e.dk[key * dqk + d] += e_dscore * std::fabs(head.q(i, d));
+            e.dq[row * dqk + d] += e_dscore * std::fabs(head.k(j, d)) + product_underflow;
+            e.dk[key * dqk + d] += e_dscore * std::fabs(head.q(i, d)) + product_underflow;
           }
         }
       }

@@ -149,6 +149,28 @@ void check_infinite_lse(DType dtype) {
   }
 }
 
+/// What keys that do not exist would weigh is not added as infinity times 0: dP overflows beside
+/// scores that are all the same, and dQ is what dS of 0 leaves.
+void check_magnitudes(DType dtype) {
+  if (dtype == DType::kFloat16) return;
+  for (int keys : {1, 20, 100}) {
+    ForwardCase c{.dtype = dtype, .sq = 30, .sk = keys, .d = 4, .dv = 4, .scale = 8};
+    BackwardCall call(c, false, seed_of_run);
+    const auto fill = [&](const TensorView& t, const SequenceLayout& layout, double value) {
+      for (int i = 0; i < layout.max; ++i) {
+        for (int d = 0; d < 4; ++d) call.set(t, layout, 0, 0, i, d, value);
+      }
+    };
+    fill(call.p.q, call.p.q_layout, -30), fill(call.p.k, call.p.k_layout, 30);
+    fill(call.p.v, call.p.k_layout, 0x1p99), fill(call.p.out, call.p.q_layout, 0x1p99);
+    fill(call.p.dout, call.p.q_layout, 0x1p25);
+    for (int i = 0; i < c.sq; ++i) {
+      reference::store(call.accumulation(), call.p.lse.data, i, -8.0 * 4 * 900 + std::log(keys));
+    }
+    for (double x : call.run(1).dq) CHECK(std::isfinite(x));
+  }
+}
+
 enum class Drop { kCausal, kBoolMask, kBias };
 enum class Where { kQ, kK, kV, kDout };
 
@@ -238,6 +260,7 @@ void check_dtype(DType dtype, std::mt19937_64& generator) {
   check_repeatable(dtype);
   check_wanted(dtype);
   check_infinite_lse(dtype);
+  check_magnitudes(dtype);
   for (Drop drop : {Drop::kCausal, Drop::kBoolMask, Drop::kBias}) {
     for (Where where : {Where::kQ, Where::kK, Where::kV, Where::kDout}) {
       check_poison(dtype, drop, where);

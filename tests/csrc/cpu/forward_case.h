@@ -49,7 +49,8 @@ inline double half_spacing_at_0(DType dtype) {
 }
 
 inline bool same_bits(const std::vector<double>& a, const std::vector<double>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
+  if (a.size() != b.size()) return false;
+  return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
 }
 
 enum class Order { kHeadsFirst, kRowsFirst };  ///< (b, h, rows, d) or (b, rows, h, d)
