@@ -64,7 +64,7 @@ struct ForwardCall {
   }
 };
 
-/// A unit in hand, for one span of its keys.
+/// A unit in hand.
 struct Unit {
   Sequence qs, ks;
   int head_k, first_group, num_groups;
@@ -116,12 +116,11 @@ FLASH_NOINLINE bool add_spans(const ForwardCall& call, Real* scratch, Unit& unit
 }
 
 template <Orientation kOrientation, class Element>
-FLASH_INLINE void begin_unit(const ForwardCall& call, int64_t rows_index, int span, Real* scratch,
+FLASH_INLINE void begin_unit(const ForwardCall& call, int64_t rows_index, Real* scratch,
                              Unit& unit) {
   const ForwardParams& p = call.p;
   const WorkspaceLayout& w = call.layout;
   const int64_t heads = int64_t(p.batch) * p.num_heads_k;
-  const Range span_keys{span * kSpanKeys, (span + 1) * kSpanKeys};
   unit.rows_index = rows_index;
   unit.head = unit.rows_index % heads;
   const int batch = int(unit.head / p.num_heads_k);
@@ -149,11 +148,6 @@ FLASH_INLINE void begin_unit(const ForwardCall& call, int64_t rows_index, int sp
     group.o_lane_step = few ? whole_vectors(p.head_dim_v) : 1;
     group.row_max = at + w.row_max;
     group.row_sum = at + w.row_sum;
-    if (call.grid.spans > 1) {
-      group.any_keys = {larger(group.any_keys.begin, span_keys.begin),
-                        smaller(group.any_keys.end, span_keys.end)};
-      point_to_span(call, unit, g, span, group);
-    }
     fill_lanes(p, mask, group.queries, group.lanes);
     load_queries<kOrientation, Element>(p, unit.qs, call.scale, group);
     if (group.any_keys.begin < group.any_keys.end) {
@@ -209,12 +203,12 @@ FLASH_INLINE KeyOperands<kOrientation> part(const KeyOperands<kOrientation>& blo
   }
 }
 
+/// The rows of a unit against `keys`.
 template <Orientation kOrientation, Variant kVariant, class Element>
-FLASH_NOINLINE void run_unit(const ForwardCall& call, int64_t rows_index, int span, Real* scratch) {
+FLASH_NOINLINE void run_blocks(const ForwardCall& call, const Unit& unit, Range keys,
+                               Real* scratch) {
   const ForwardParams& p = call.p;
   const WorkspaceLayout& w = call.layout;
-  Unit unit;
-  begin_unit<kOrientation, Element>(call, rows_index, span, scratch, unit);
   const BlockScratch block_scratch{
       scratch + w.s,       scratch + w.new_max,
       scratch + w.alpha,   {scratch + w.bias, reinterpret_cast<Int*>(scratch + w.kept)},
@@ -222,7 +216,6 @@ FLASH_NOINLINE void run_unit(const ForwardCall& call, int64_t rows_index, int sp
       scratch + w.sums};
   // Products in pairs begin at whole steps: keys before that no row keeps are masked like others.
   constexpr int kStep = kOrientation == Orientation::kPairs ? kPairDepth : 1;
-  const Range keys = unit.keys;
   for (int begin = keys.begin / kBlockKeys * kBlockKeys; begin < keys.end; begin += kBlockKeys) {
     const Range range{kStep == 1 ? larger(begin, keys.begin) : begin,
                       smaller(begin + kBlockKeys, kStep == 1 ? keys.end : unit.ks.length)};
@@ -245,23 +238,40 @@ FLASH_NOINLINE void run_unit(const ForwardCall& call, int64_t rows_index, int sp
       }
     }
   }
-  if (call.grid.spans > 1 && !add_spans(call, scratch, unit)) return;
-  for (int g = 0; g < unit.num_groups; ++g)
-    store_output<Element>(p, unit.qs, call.unit, unit.groups[g]);
+}
+
+template <Orientation kOrientation, Variant kVariant, class Element>
+FLASH_NOINLINE void run_unit(const ForwardCall& call, int64_t index, Real* scratch) {
+  const UnitGrid& grid = call.grid;
+  const bool in_spans = grid.spans > 1;
+  Unit unit;
+  begin_unit<kOrientation, Element>(call, index % grid.row_units, scratch, unit);
+  const int first = int(index / grid.row_units) * grid.spans_per_unit;
+  for (int span = first; span < smaller(first + grid.spans_per_unit, grid.spans); ++span) {
+    Range keys = unit.keys;
+    if (in_spans) {
+      keys = {larger(keys.begin, span * kSpanKeys), smaller(keys.end, (span + 1) * kSpanKeys)};
+    }
+    for (int g = 0; g < unit.num_groups; ++g) {
+      if (in_spans) point_to_span(call, unit, g, span, unit.groups[g]);
+      clear_sums<kOrientation>(call.p, unit.groups[g]);
+    }
+    run_blocks<kOrientation, kVariant, Element>(call, unit, keys, scratch);
+    if (in_spans && !add_spans(call, scratch, unit)) continue;
+    for (int g = 0; g < unit.num_groups; ++g)
+      store_output<Element>(call.p, unit.qs, call.unit, unit.groups[g]);
+  }
 }
 
 template <Orientation kOrientation, Variant kVariant, class Element>
 void work(void* context, int worker) {
   ForwardCall& call = *static_cast<ForwardCall*>(context);
-  const UnitGrid& grid = call.grid;
   Real* scratch = call.scratch(worker);
   const ThreadState<kOrientation> state;
   for (;;) {
     const int64_t unit = __atomic_fetch_add(&call.next_unit, 1, __ATOMIC_RELAXED);
-    if (unit >= grid.units) return;
-    const int first = int(unit / grid.row_units) * grid.spans_per_unit;
-    for (int span = first; span < smaller(first + grid.spans_per_unit, grid.spans); ++span)
-      run_unit<kOrientation, kVariant, Element>(call, unit % grid.row_units, span, scratch);
+    if (unit >= call.grid.units) return;
+    run_unit<kOrientation, kVariant, Element>(call, unit, scratch);
   }
 }
 

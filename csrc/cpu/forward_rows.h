@@ -8,8 +8,7 @@
 namespace flash::cpu {
 namespace {
 
-/// Q with `scale` (of kPairs a part of it) folded in, zeros where lanes stand for nothing; O, m and
-/// l of rows that have seen no key.
+/// Q with `scale` (of kPairs a part of it) folded in, zeros where lanes stand for nothing.
 template <Orientation kOrientation, class Element>
 FLASH_NOINLINE void load_queries(const ForwardParams& p, const Sequence& sequence, Real scale,
                                  const Group& group) {
@@ -34,6 +33,10 @@ FLASH_NOINLINE void load_queries(const ForwardParams& p, const Sequence& sequenc
       read(i, 0, p.head_dim, group.q + i * group.q_lane_step);
     }
   }
+}
+/// O, m and l of rows that have seen no key.
+template <Orientation kOrientation>
+FLASH_INLINE void clear_sums(const ForwardParams& p, const Group& group) {
   constexpr int kRows = kOrientation == Orientation::kHeadDim ? kFewQueries : kGroupQueries;
   std::memset(group.o, 0, sizeof(Real) * kRows * whole_vectors(p.head_dim_v));
   for (int i = 0; i < kGroupQueries; ++i) {
