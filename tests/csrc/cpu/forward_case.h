@@ -35,17 +35,10 @@ inline double roundoff(DType dtype) {
 
 /// Half the distance of the smallest numbers: what rounding is off by near 0.
 inline double half_spacing_at_0(DType dtype) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return 0x1p-134;
-    case DType::kFloat16:
-      return 0x1p-25;
-    case DType::kFloat32:
-      return 0x1p-150;
-    case DType::kFloat64:
-      return 0;
-  }
-  return 0;
+  const double smallest_normal = dtype == DType::kFloat64   ? 0x1p-1022
+                                 : dtype == DType::kFloat16 ? 0x1p-14
+                                                            : 0x1p-126;
+  return roundoff(dtype) * smallest_normal;
 }
 
 inline bool same_bits(const std::vector<double>& a, const std::vector<double>& b) {
